@@ -1,0 +1,28 @@
+"""LoRA-Gen for agents: a tool registry becomes LoRA weights, and a small language model sees only the user's turn.
+
+The names below are imported on first use, so that `import loragen_agents.registry` and the command line start without
+torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loragen_agents.chat_models import LoRAGenChatModel as LoRAGenChatModel
+    from loragen_agents.registry import Tool as Tool
+    from loragen_agents.registry import ToolRegistry as ToolRegistry
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LoRAGenChatModel": "loragen_agents.chat_models",
+    "Tool": "loragen_agents.registry",
+    "ToolRegistry": "loragen_agents.registry",
+}
+__all__ = ["LoRAGenChatModel", "Tool", "ToolRegistry", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
