@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer of their own, made on the spot: what unit tests run on instead of real weights."""
+"""Tiny random models with a tokenizer of their own, made on the spot for unit tests."""
 
 from pathlib import Path
 
