@@ -1,4 +1,4 @@
-"""GPT4Tools' scoring: cases of our own with scores worked out by hand from its rules, and the reference file if there."""
+"""GPT4Tools' scoring: cases of our own with scores worked out by hand from its rules, and the reference file."""
 
 import json
 import math
