@@ -139,6 +139,7 @@ class LoRAWeights:
         """
         linears = _target_linears(model, self)
         replaced: list[tuple[nn.Linear, Tensor, nn.Parameter]] = []
+        buffers: dict[tuple[torch.Size, torch.device], Tensor] = {}
         with torch.no_grad():
             for entry in self.entries:
                 a, b = self.tensors[entry]
@@ -148,8 +149,14 @@ class LoRAWeights:
                 if not (b.any() and a.any()):
                     continue
                 a, b = (tensor.to(original.device, torch.float32) for tensor in (a, b))
-                merged = torch.addmm(original.float(), b, a, alpha=self.scaling).to(original.dtype)
-                replaced.append((linear, original, nn.Parameter(merged, requires_grad=False)))
+                # One float32 buffer a shape: fresh pages for every matrix would cost more than the arithmetic.
+                key = (original.shape, original.device)
+                if key not in buffers:
+                    buffers[key] = torch.empty(original.shape, dtype=torch.float32, device=original.device)
+                merged = buffers[key].copy_(original).addmm_(b, a, alpha=self.scaling)
+                replaced.append(
+                    (linear, original, nn.Parameter(merged.to(original.dtype, copy=True), requires_grad=False))
+                )
         for linear, _, merged_weight in replaced:
             linear.weight = merged_weight
         return Merged(replaced)
