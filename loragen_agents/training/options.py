@@ -1,0 +1,110 @@
+"""How episodes are drawn: every probability of the sampler in one plain value. Knows nothing of data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loragen_agents.registry import InputFormat
+
+NameMode = Literal["real", "restyled", "reworded", "invented", "swapped"]
+Choices = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How episodes are drawn. Mappings give weights, floats probabilities; each augmentation has its own.
+
+    Attributes:
+        tools: (smallest, largest, weight) of ranges for the number of tools in a registry.
+        gold_tools: smallest and largest number of tools with requests in a registry.
+        requests: samples of an episode.
+        sources: weight of each source; sources without data are passed over, unlisted ones weigh 0.1.
+        mixed_sources: gold tools of a registry from several sources instead of one.
+        near: share of the other tools that come from the gold tools' own domain or source, not from all tools.
+        kinds: weights of the samples' kinds (`episodes.Kind`).
+        names: weights of where a registry's names come from; "real" keeps the source's.
+        mixed_names: draw that per tool instead of per registry.
+        short_description: only the first sentence, or its first words.
+        no_description: the description only repeats the name's words (never with reworded, invented or swapped names).
+        useful_description: in csv registries, the description in GPT4Tools' wording, with its input spelt out.
+        renamed_arguments: per tool, other argument names.
+        shuffled_arguments: per tool, another order of arguments.
+        bare_arguments: per tool, no argument descriptions.
+        csv: registries with csv inputs (the others take json).
+        query_argument: metatool's one argument, the request itself, is kept for a tool; else the tool takes none.
+        history: earlier turns before the request.
+        failed: share of taken steps whose result is an error before a final answer.
+        joined: share of multi-step samples made by joining two requests instead of a row with several calls.
+    """
+
+    tools: tuple[tuple[int, int, float], ...] = (
+        (2, 3, 0.08),
+        (4, 8, 0.36),
+        (9, 16, 0.3),
+        (17, 24, 0.18),
+        (25, 32, 0.08),
+    )
+    gold_tools: tuple[int, int] = (2, 5)
+    requests: int = 8
+    sources: Choices = field(
+        default_factory=lambda: {"seal-tools": 0.28, "metatool": 0.22, "sgd": 0.25, "computer": 0.25}
+    )
+    mixed_sources: float = 0.4
+    near: float = 0.5
+    kinds: Choices = field(
+        default_factory=lambda: {"call": 0.62, "next_call": 0.08, "final_answer": 0.1, "unserved": 0.12, "chat": 0.08}
+    )
+    names: Choices = field(
+        default_factory=lambda: {"real": 0.25, "restyled": 0.2, "reworded": 0.15, "invented": 0.32, "swapped": 0.08}
+    )
+    mixed_names: float = 0.1
+    short_description: float = 0.15
+    no_description: float = 0.04
+    useful_description: float = 0.3
+    renamed_arguments: float = 0.25
+    shuffled_arguments: float = 0.2
+    bare_arguments: float = 0.15
+    csv: float = 0.3
+    query_argument: float = 0.2
+    history: float = 0.12
+    failed: float = 0.1
+    joined: float = 0.5
+
+    @classmethod
+    def evaluation(
+        cls,
+        *,
+        tools: int,
+        names: NameMode = "real",
+        requests: int = 8,
+        sources: Choices | None = None,
+        near: float = 0.5,
+        unserved: float = 0.0,
+        input_format: InputFormat = "json",
+    ) -> "SamplerOptions":
+        """Options for the dev set: a fixed number of tools, no augmentation but the names', first calls only.
+
+        Args:
+            unserved: share of the requests that no tool of the registry serves.
+        """
+        return cls(
+            tools=((tools, tools, 1.0),),
+            gold_tools=(2, 4),
+            requests=requests,
+            sources=sources or {"seal-tools": 1.0, "metatool": 1.0, "sgd": 1.0},
+            mixed_sources=0.0,
+            near=near,
+            kinds={"call": 1.0 - unserved, "unserved": unserved},
+            names={names: 1.0},
+            mixed_names=0.0,
+            short_description=0.0,
+            no_description=0.0,
+            useful_description=0.0,
+            renamed_arguments=0.0,
+            shuffled_arguments=0.0,
+            bare_arguments=0.0,
+            csv=1.0 if input_format == "csv" else 0.0,
+            query_argument=1.0,
+            history=0.0,
+            failed=0.0,
+        )
