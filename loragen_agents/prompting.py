@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 from loragen_agents import json_schema
 from loragen_agents.content import content_folder
 from loragen_agents.errors import PromptError
+from loragen_agents.react import THOUGHT_QUESTION, answer_text, tool_step_text
 from loragen_agents.registry import Tool, ToolRegistry
 
-THOUGHT_QUESTION = "Thought: Do I need to use a tool?"
+__all__ = ["THOUGHT_QUESTION", "PromptRenderer", "TakenStep", "Turn", "TurnMarkers"]
 
 _SENTINELS = ("loragenfirstrequest", "loragenanswer", "loragensecondrequest")
 _TYPE_WORDS = {"string": "text", "boolean": "true or false", "array": "list", "null": "nothing"}
@@ -74,16 +75,6 @@ class _ToolView(NamedTuple):
     name: str
     description: str
     arguments: list[_Argument]
-
-
-def tool_step_text(action: str, action_input: str) -> str:
-    """What follows `THOUGHT_QUESTION` where a tool is called, up to the tool's report."""
-    return f" Yes\nAction: {action}\nAction Input: {action_input}\nObservation:"
-
-
-def answer_text(answer: str) -> str:
-    """What follows `THOUGHT_QUESTION` where the user is answered."""
-    return f" No\nAI: {answer}"
 
 
 class PromptRenderer:
@@ -376,4 +367,4 @@ def _type_label(schema: Any, required: bool = True) -> str:
     if named == "object" and schema.get("properties"):
         inner = (f'"{name}" ({_type_label(value)})' for name, value in schema["properties"].items())
         return f"object with {', '.join(inner)}"
-    return _TYPE_WORDS.get(named, named)
+    return str(_TYPE_WORDS.get(named, named))
