@@ -1,0 +1,333 @@
+"""The generator: system prompt -> meta-token states -> gates -> LoRA weights of the edge LM (paper section 3.2).
+
+Ties the parts of this package together and keeps them in one `nn.Module` that can be trained, saved and loaded. Knows
+nothing of registries, prompts or LangChain: a system prompt is text, and tools are handed through to the tool memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loragen_agents.errors import CheckpointError
+from loragen_agents.generator.checkpoint import (
+    Description,
+    ModelIdentity,
+    fingerprint,
+    read_description,
+    read_tensors,
+    resolve,
+    write_checkpoint,
+)
+from loragen_agents.generator.experts import DirectProjection, ExpertPool, FFNShape, LayerMatrices
+from loragen_agents.generator.meta_tokens import MetaTokens
+from loragen_agents.generator.router import Router, gumbel_top_k, keep_top_k, load_loss
+from loragen_agents.lora_weights import LoRAWeights
+from loragen_agents.prompting import PromptRenderer
+from loragen_agents.registry import Tool
+
+if TYPE_CHECKING:
+    from loragen_agents.language_models import LanguageModel
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Settings of a generator; the defaults are the paper's (section 4.2 and Table 10) where it gives a figure.
+
+    generation: "meta_token" routes experts, "direct" projects the states straight to weights (Table 9).
+    n_experts, top_k: n and K of Eq. 6. With one expert every gate is 1 and the cloud LM is not used.
+    expert_scope: "shared" is one pool and router for all layers, "per_layer" one of each for every layer.
+    routing: "keep_top_k" (Eq. 6 and 7) or "gumbel_top_k" (Eq. 4 and 5, Table 8).
+    rank, alpha: of the LoRA weights that are generated.
+    load_coefficient: alpha of Eq. 9.
+    router_width: width between f1 and f2 of Eq. 3 (the paper gives none).
+    direct_width: width inside the feed-forward net of the direct variant (the paper gives none).
+    cloud_rank, cloud_alpha, cloud_dropout: of the cloud LM's own LoRA on q and v.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    generation: Literal["meta_token", "direct"] = "meta_token"
+    n_experts: int = 8
+    top_k: int = 2
+    expert_scope: Literal["shared", "per_layer"] = "shared"
+    routing: Literal["keep_top_k", "gumbel_top_k"] = "keep_top_k"
+    rank: int = 16
+    alpha: float = 16.0
+    load_coefficient: float = 0.01
+    router_width: int = 256
+    direct_width: int = 64
+    cloud_rank: int = 16
+    cloud_alpha: float = 16.0
+    cloud_dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        choices = {
+            "generation": ("meta_token", "direct"),
+            "expert_scope": ("shared", "per_layer"),
+            "routing": ("keep_top_k", "gumbel_top_k"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
+        for name in ("n_experts", "top_k", "rank", "router_width", "direct_width", "cloud_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number from 1")
+        if self.top_k > self.n_experts and self.n_experts > 1:
+            raise ValueError(f"top_k is {self.top_k}, and there are {self.n_experts} experts to choose from")
+        for name in ("alpha", "cloud_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number")
+        if not 0 <= self.cloud_dropout < 1 or self.load_coefficient < 0:
+            raise ValueError("cloud_dropout must lie in [0, 1) and load_coefficient must not be negative")
+
+    @property
+    def uses_cloud(self) -> bool:
+        """Whether a cloud LM has to read the system prompt: not where a single expert leaves nothing to choose."""
+        return self.generation == "direct" or self.n_experts > 1
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GeneratorConfig":
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: there is a setting that this version does not know, or a value out of range.
+        """
+        unknown = sorted(values.keys() - {one.name for one in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown generator settings: {', '.join(unknown)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """What the generator makes of a batch of system prompts, with gradients.
+
+    matrices: projection -> A (registries, layers, r, in) and B (registries, layers, out, r).
+    gates: (registries, layers, n); None in the direct variant.
+    load_loss: Eq. 9, a scalar; 0 where nothing is routed.
+    """
+
+    matrices: LayerMatrices
+    gates: Tensor | None
+    load_loss: Tensor
+    alpha: float
+
+    @property
+    def weights(self) -> list[LoRAWeights]:
+        """The LoRA weights of each registry, as views of `matrices`; `apply_lora` takes the list."""
+        a_side, _ = self.matrices["gate_proj"]
+        registries, layers, rank = a_side.shape[:3]
+        return [
+            LoRAWeights(
+                layers,
+                rank,
+                self.alpha,
+                {
+                    (layer, projection): (a[registry, layer], b[registry, layer])
+                    for layer in range(layers)
+                    for projection, (a, b) in self.matrices.items()
+                },
+            )
+            for registry in range(registries)
+        ]
+
+
+class ToolWriter(Protocol):
+    """A tool memory: writes tools into LoRA weights of their own, given the weights that they will stand beside."""
+
+    def __call__(self, tools: Sequence[Tool], beside: LoRAWeights) -> LoRAWeights: ...
+
+
+class LoRAGenerator(nn.Module):
+    """Makes LoRA weights of an edge LM from a system prompt. Starts in evaluation mode, with LoRA output zero.
+
+    cloud: the LM that reads; may be the edge LM itself, whose forward stays what it was. None is allowed where
+        `config.uses_cloud` is False.
+    edge: the LM that the weights are for. Neither LM's own weights are ever changed.
+    tool_memory: writes the tools that `generate` is given; a module among the generator's own where it is one.
+
+    Raises:
+        ValueError: the config needs a cloud LM and none is given.
+        ModelLoadError: a model lacks the projections that the method works on.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        cloud: "LanguageModel | None",
+        edge: "LanguageModel",
+        tool_memory: ToolWriter | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.cloud, self.edge, self.tool_memory = config, cloud, edge, tool_memory
+        self.notes: dict[str, Any] = {}
+        self.shape = FFNShape.of(edge.model)
+        self.meta_tokens: MetaTokens | None = None
+        self.router: Router | None = None
+        self._renderer: PromptRenderer | None = None
+        if config.uses_cloud:
+            if cloud is None:
+                raise ValueError(f"{config.n_experts} experts have to be chosen from, which needs a cloud LM")
+            self.meta_tokens = MetaTokens(
+                cloud.model,
+                self.shape.layers,
+                rank=config.cloud_rank,
+                alpha=config.cloud_alpha,
+                dropout=config.cloud_dropout,
+            )
+            self._renderer = PromptRenderer(cloud.tokenizer)
+            self._head: list[int] = cloud.tokenizer("", add_special_tokens=True).input_ids
+        self.producer: ExpertPool | DirectProjection
+        per_layer = config.expert_scope == "per_layer"
+        if config.generation == "direct":
+            assert self.meta_tokens is not None
+            self.producer = DirectProjection(self.meta_tokens.width, config.direct_width, self.shape, config.rank)
+        else:
+            self.producer = ExpertPool(self.shape, config.n_experts, config.rank, per_layer=per_layer)
+            if self.meta_tokens is not None:
+                layers = self.shape.layers if per_layer else None
+                self.router = Router(self.meta_tokens.width, config.router_width, config.n_experts, layers)
+        # Each model may have a device of its own; what follows the cloud LM stays with it.
+        device = (cloud or edge).model.device
+        self.producer.to(device)
+        if self.router is not None:
+            self.router.to(device)
+        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self.eval()
+
+    # Generating
+
+    def forward(self, system_prompts: Sequence[str]) -> Generated:
+        """LoRA weights for a batch of registries, with gradients to everything that is trained.
+
+        In training mode: dropout in the cloud LM's LoRA, batch statistics in the router, Gumbel noise where routing
+        calls for it.
+
+        Raises:
+            PromptError: a system prompt is longer than the cloud LM's context.
+        """
+        return self._produce(self._states(system_prompts, merged=False), len(system_prompts))
+
+    @torch.no_grad()
+    def generate(self, system_prompt: str, tools: Sequence[Tool] = ()) -> LoRAWeights:
+        """LoRA weights for one registry: the same for the same prompt, from one pass of the cloud LM.
+
+        tools: the registry's tools, for a generator with a tool memory; others have no use for them.
+
+        Raises:
+            PromptError: the system prompt is longer than the cloud LM's context.
+            RuntimeError: the generator is in training mode, in which its output is random.
+        """
+        if self.training:
+            raise RuntimeError("the generator is in training mode; call eval() before generate()")
+        weights = self._produce(self._states([system_prompt], merged=True), 1).weights[0]
+        if self.tool_memory is not None and tools:
+            weights = weights.concatenate(self.tool_memory(tools, weights))
+        return weights
+
+    def encode(self, system_prompt: str) -> list[int]:
+        """Token ids of a system prompt as the cloud LM reads it; control tokens in it are plain text.
+
+        In front stands what the cloud LM's tokenizer puts before any text: a BOS token, or nothing.
+        """
+        assert self._renderer is not None, "a generator without a cloud LM reads no system prompt"
+        return [*self._head, *self._renderer.encode_text(system_prompt)]
+
+    def _states(self, system_prompts: Sequence[str], *, merged: bool) -> Tensor | None:
+        if self.meta_tokens is None:
+            return None
+        prompts = [self.encode(prompt) for prompt in system_prompts]
+        return self.meta_tokens.merged_states(prompts) if merged else self.meta_tokens(prompts)
+
+    def _produce(self, states: Tensor | None, registries: int) -> Generated:
+        config = self.config
+        if isinstance(self.producer, DirectProjection):
+            assert states is not None
+            matrices = self.producer(states)
+            return Generated(matrices, None, next(iter(matrices.values()))[0].new_zeros(()), config.alpha)
+        if self.router is None or states is None:
+            some = next(self.producer.parameters())
+            gates = some.new_ones(registries, self.shape.layers, 1)
+            return Generated(self.producer(gates), gates, gates.new_zeros(()), config.alpha)
+        logits = self.router(states)
+        if config.routing == "gumbel_top_k":
+            gates = gumbel_top_k(logits, config.top_k, noise=self.training)
+        else:
+            gates = keep_top_k(logits, config.top_k)
+        loss = load_loss(gates, config.load_coefficient, pools_per_layer=config.expert_scope == "per_layer")
+        return Generated(self.producer(gates), gates, loss, config.alpha)
+
+    # Saving and loading
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The tensors that are the generator's own, by name: all but the frozen weights of the cloud LM."""
+        cloud = "meta_tokens.cloud."
+        return {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if not name.startswith(cloud) or ".lora_" in name
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over config, both models' identities and tensors: equal fingerprints generate equal weights."""
+        tensors = self.own_tensors()
+        version = tuple(tensor._version for tensor in tensors.values())
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            description = self._describe()
+            identity = {"config": description.config, "edge": asdict(description.edge)}
+            if description.cloud is not None:
+                identity["cloud"] = asdict(description.cloud)
+            self._fingerprint = (version, fingerprint(identity, tensors))
+        return self._fingerprint[1]
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+        """Write a checkpoint: matrices in `dtype` (float32 or bfloat16), config, both models' identities, `notes`."""
+        target = Path(folder)
+        write_checkpoint(target, self._describe(), self.own_tensors(), dtype)
+        return target
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        cloud: "LanguageModel | None",
+        edge: "LanguageModel",
+        *,
+        allow_other_weights: bool = False,
+    ) -> "LoRAGenerator":
+        """Load a checkpoint ("default": the one that ships with the package) for the models it was made for.
+
+        allow_other_weights: accept models of the same shapes whose weights are not those of the training.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the checkpoint was made for other models.
+        """
+        source = resolve(folder)
+        description = read_description(source)
+        try:
+            config = GeneratorConfig.from_dict(description.config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{source / 'generator.json'}: {error}") from error
+        description.edge.check(ModelIdentity.of(edge), "edge", source, allow_other_weights=allow_other_weights)
+        if config.uses_cloud:
+            if cloud is None or description.cloud is None:
+                raise CheckpointError(f"{source} needs a cloud LM, and none is {'given' if cloud is None else 'named'}")
+            description.cloud.check(ModelIdentity.of(cloud), "cloud", source, allow_other_weights=allow_other_weights)
+        generator = cls(config, cloud, edge)
+        own = generator.own_tensors()
+        with torch.no_grad():
+            for name, tensor in read_tensors(source, own).items():
+                own[name].copy_(tensor)
+        generator.notes = description.notes
+        return generator
+
+    def _describe(self) -> Description:
+        cloud = ModelIdentity.of(self.cloud) if self.cloud is not None and self.config.uses_cloud else None
+        return Description(asdict(self.config), ModelIdentity.of(self.edge), cloud, self.notes)
