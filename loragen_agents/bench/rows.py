@@ -1,0 +1,136 @@
+"""The rows of the table: what each puts into the prompt, whose weights it runs, and how it decodes.
+
+A row's name is a base and options, `lora-gen+grammar`. Knows how a row's weights come to be (the command that makes
+them), not how they are loaded or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loragen_agents.errors import DataError
+
+Source = Literal["none", "peft", "generator"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a row is before options.
+
+    definitions: whether tool definitions stand in the prompt.
+    source: where its weights come from: none (the bare model), a PEFT folder, or a generator checkpoint.
+    trained: whether the weights were trained for the tools' family, that is, must be made with a recipe first.
+    """
+
+    title: str
+    definitions: bool
+    source: Source
+    trained: bool = False
+
+
+BASES: dict[str, Base] = {
+    "definitions": Base("Bare model, definitions in the prompt", True, "none"),
+    "bare": Base("Bare model, no definitions", False, "none"),
+    "lora-definitions": Base("LoRA, definitions in the prompt", True, "peft", trained=True),
+    "lora": Base("LoRA, no definitions", False, "peft", trained=True),
+    "lora-gen": Base("LoRA-Gen, not trained on these tools' family", False, "generator"),
+    "lora-gen-trained": Base("LoRA-Gen, trained on these tools' family", False, "generator", trained=True),
+}
+OPTIONS: dict[str, str] = {
+    "cached": "prefix kept in the KV cache",
+    "grammar": "held to the registry's grammar",
+    "choice": "tool chosen by scoring all of them",
+}
+REFERENCE, CACHED_REFERENCE = "definitions", "definitions+cached"
+DEFAULT_ROWS: tuple[str, ...] = (
+    REFERENCE,
+    CACHED_REFERENCE,
+    "definitions+grammar",
+    "bare",
+    "lora-definitions",
+    "lora",
+    "lora-gen",
+    "lora-gen+grammar",
+    "lora-gen-trained",
+    "lora-gen-trained+grammar",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    name: str
+    base: Base
+    options: frozenset[str]
+
+    @property
+    def base_name(self) -> str:
+        return self.name.split("+")[0]
+
+    @property
+    def title(self) -> str:
+        said = [text for option, text in OPTIONS.items() if option in self.options]
+        return ", ".join([self.base.title, *said])
+
+    @property
+    def definitions(self) -> bool:
+        return self.base.definitions
+
+    @property
+    def cached(self) -> bool:
+        return "cached" in self.options
+
+    @property
+    def grammar(self) -> bool:
+        return "grammar" in self.options
+
+    @property
+    def choice(self) -> bool:
+        return "choice" in self.options
+
+
+def row_from_name(name: str) -> Row:
+    """Read a row's name.
+
+    Raises:
+        DataError: no such base or option, or an option that the base can't have.
+    """
+    base_name, *options = name.strip().split("+")
+    if base_name not in BASES:
+        raise DataError(f"There is no row {name!r}: expected one of {', '.join(BASES)}, with options {_options()}.")
+    base = BASES[base_name]
+    for option in options:
+        if option not in OPTIONS:
+            raise DataError(f"Row {name!r}: no option {option!r}; expected {_options()}.")
+    if "cached" in options and not base.definitions:
+        raise DataError(f"Row {name!r}: only a prompt with definitions has a prefix to keep; leave '+cached' out.")
+    ordered = [option for option in OPTIONS if option in options]
+    return Row("+".join([base_name, *ordered]), base, frozenset(ordered))
+
+
+def rows_from_names(names: Sequence[str]) -> list[Row]:
+    """Read several names; every row once, in the order given."""
+    rows = {row.name: row for row in map(row_from_name, names)}
+    if not rows:
+        raise DataError(f"No rows: name at least one, for example {REFERENCE}.")
+    return list(rows.values())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a base's weights are (a folder, or "default": the shipped checkpoint) and the command that makes them."""
+
+    location: str
+    command: str | None = None
+
+    @property
+    def present(self) -> bool:
+        return self.location == "default" or Path(self.location).is_dir()
+
+
+def _options() -> str:
+    return ", ".join(f"'+{option}' ({text})" for option, text in OPTIONS.items())

@@ -1,0 +1,104 @@
+"""What is asked and how an answer is judged: samples with their registry and gold continuation, in blocks.
+
+A `Task` is a list of samples and a score. Samples that share a registry stand together, so that a row specialises once
+for each. Knows nothing of rows, models or timing; `gpt4tools_task` and `calls` make tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from loragen_agents.prompting import Turn
+from loragen_agents.react import Answer, Step, ToolStep
+from loragen_agents.registry import ToolRegistry
+from loragen_agents.training.episodes import GoldCall
+
+# A block is what one row works on before the next row has its turn.
+BLOCK = 8
+
+
+@dataclass(frozen=True)
+class BenchSample:
+    """One open conversation and its gold continuation.
+
+    Attributes:
+        id: unique in its task; results are paired by it.
+        source: where it comes from; means are also given by source.
+        kind: what it is a sample of (positive, context, ...); means are also given by kind.
+        registry, system_text: what is compressed, or put into the prompt.
+        turns: the conversation; the last turn is open.
+        gold: the gold continuation as text, from `Thought:` on.
+        call: the gold call, where the task judges calls; None where an answer without a tool is due.
+    """
+
+    id: str
+    source: str
+    kind: str
+    registry: ToolRegistry
+    turns: tuple[Turn, ...]
+    gold: str
+    system_text: str = ""
+    call: GoldCall | None = None
+
+
+class Scorer(Protocol):
+    """Judges what a model wrote after `Thought: Do I need to use a tool?`; gives the metrics that apply."""
+
+    def __call__(self, sample: BenchSample, generated: str, step: Step) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Samples, their score, and what the result says about them.
+
+    Attributes:
+        name: the command's word for it; `title` is for people.
+        metrics: metric -> heading, in the order of the table. Every score's keys are among them.
+        headline: the metric that rows are ranked by in words.
+        settings: what the samples were drawn by; goes into the result and is compared on resume.
+    """
+
+    name: str
+    title: str
+    metrics: Mapping[str, str]
+    headline: str
+    samples: Sequence[BenchSample]
+    score: Scorer
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all samples, registries included."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            row = [sample.id, sample.registry.fingerprint, sample.system_text, repr(sample.turns), sample.gold]
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
+    def blocks(self) -> Iterator[list[BenchSample]]:
+        """The samples in runs of at most `BLOCK` that share registry and system text."""
+        block: list[BenchSample] = []
+        for sample in self.samples:
+            if block and (len(block) == BLOCK or not _together(block[0], sample)):
+                yield block
+                block = []
+            block.append(sample)
+        if block:
+            yield block
+
+
+def _together(a: BenchSample, b: BenchSample) -> bool:
+    return a.registry.fingerprint == b.registry.fingerprint and a.system_text == b.system_text
+
+
+def step_record(step: Step) -> dict[str, Any]:
+    """A parsed step as plain values, for `predictions.jsonl`."""
+    if isinstance(step, ToolStep):
+        return {"kind": "tool", "action": step.action, "input": step.action_input, "arguments": step.arguments}
+    if isinstance(step, Answer):
+        return {"kind": "answer", "text": step.text}
+    return {"kind": "invalid", "action": step.action, "input": step.action_input, "error": step.error}
