@@ -139,7 +139,7 @@ def _read_csv(tool: Tool, text: str) -> dict[str, Any]:
     parts = text.split(",") if text else []
     extra = len(parts) - len(names)
     if extra > 0:
-        free = [place for place, name in enumerate(names) if _is_free_text(tool, name)]
+        free = [place for place, name in enumerate(names) if is_free_text(tool, name)]
         if not free:
             _fail(
                 tool,
@@ -156,7 +156,7 @@ def _read_csv(tool: Tool, text: str) -> dict[str, Any]:
     return arguments
 
 
-def _is_free_text(tool: Tool, argument: str) -> bool:
+def is_free_text(tool: Tool, argument: str) -> bool:
     return "string" in _kinds(tool, argument) and json_schema.constants(_schema(tool, argument)) is None
 
 
