@@ -1,15 +1,14 @@
 """LangChain's messages to the turns of a prompt, and the model's step back to the parts of an AI message.
 
-System messages become one system text, which is compressed with the tools and never stands in the edge prompt. Human, AI
-and tool messages become turns. What the prompt has no place for is named in `Conversation.left_out`; what can't be read
-is an error that names the message. Knows nothing of tokens, weights or the chat model class.
+System messages become one system text, which is compressed with the tools and never stands in the edge prompt. Human,
+AI and tool messages become turns. What the prompt has no place for is named in `Conversation.left_out`; what can't be
+read is an error that names the message. Knows nothing of tokens, weights or the chat model class.
 """
 
 import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from langchain_core.messages import (
     AIMessage,
@@ -61,9 +60,9 @@ class Conversation:
 def read_conversation(messages: Sequence[BaseMessage], registry: ToolRegistry) -> Conversation:
     """Read `messages` as a conversation whose next step is the model's.
 
-    Human messages in a row are one request, AI answers in a row one answer (a blank line between them). A human message's
-    `name` stands in front of its text; an AI message's name is not part of the prompt, for the model speaks with one
-    voice. Each tool call is one step with its tool message as the observation, in the order of the calls; a call whose
+    Human messages in a row are one request, AI answers in a row one answer (a blank line between them). A human
+    message's `name` stands in front of its text; an AI message's name is not part of the prompt, for the model speaks
+    with one voice. Each tool call is one step with its tool message as the observation, in the order of the calls; a call whose
     tool is not in `registry`, or whose arguments its input format can't express, is shown with its arguments as JSON.
 
     Raises:
@@ -268,9 +267,9 @@ def last_chunk(step: Step) -> AIMessageChunk:
 def _invalid_call(step: InvalidStep, identifier: str) -> InvalidToolCall:
     """LangChain's invalid tool call.
 
-    LangChain rebuilds the calls of a streamed message from their text, and mends cut-off JSON while it does. A call that
-    is invalid must stay so, hence `args` is never text in which that mending would find an object: the Action Input where
-    there is one, else everything that the model said, else that text quoted as a JSON string.
+    LangChain rebuilds the calls of a streamed message from their text, and mends cut-off JSON while it does. A call
+    that is invalid must stay so, hence `args` is never text in which that mending would find an object: the Action
+    Input where there is one, else everything that the model said, else that text quoted as a JSON string.
     """
     texts = [text for text in (step.action_input, step.text) if text and not _mends_to_object(text)]
     args = texts[0] if texts else json.dumps(step.text, ensure_ascii=False)
