@@ -62,8 +62,9 @@ def read_conversation(messages: Sequence[BaseMessage], registry: ToolRegistry) -
 
     Human messages in a row are one request, AI answers in a row one answer (a blank line between them). A human
     message's `name` stands in front of its text; an AI message's name is not part of the prompt, for the model speaks
-    with one voice. Each tool call is one step with its tool message as the observation, in the order of the calls; a call whose
-    tool is not in `registry`, or whose arguments its input format can't express, is shown with its arguments as JSON.
+    with one voice. Each tool call is one step with its tool message as the observation, in the order of the calls; a
+    call whose tool is not in `registry`, or whose arguments its input format can't express, is shown with its arguments
+    as JSON.
 
     Raises:
         PromptError: no message to answer, a message of an unknown kind, content that is not text, a tool call without
