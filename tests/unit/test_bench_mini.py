@@ -84,16 +84,17 @@ def test_requests_use_other_words_than_the_tools(part: Part) -> None:
     def words(text: object) -> list[str]:
         return re.findall(r"[a-z0-9']+", str(text).lower())
 
+    rows = registry_rows(part)
     runs = {
         tuple(found[start : start + 4])
-        for row in registry_rows(part)
+        for row in rows
         for found in [words(row["description"])]
         for start in range(len(found) - 3)
     }
     for sample in mini_samples(part):
         said = words(sample.request)
         assert not any(tuple(said[start : start + 4]) in runs for start in range(len(said) - 3)), sample.request
-        assert not any(str(row["name"]).lower() in sample.request.lower() for row in registry_rows(part))
+        assert not any(str(row["name"]).lower() in sample.request.lower() for row in rows)
 
 
 def test_the_build_is_the_same_everywhere() -> None:

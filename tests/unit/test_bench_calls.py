@@ -1,0 +1,164 @@
+"""Drawing and judging calls, on a small data set of our own."""
+
+from typing import Any
+
+import pytest
+
+from loragen_agents.bench.calls import METRICS, calls_task, normalised, score_call
+from loragen_agents.bench.tasks import BenchSample
+from loragen_agents.errors import DataError
+from loragen_agents.prompting import THOUGHT_QUESTION, Turn
+from loragen_agents.react import parse_step
+from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.training.data import Call, CallRecord, ToolRecord
+from loragen_agents.training.episodes import GoldCall
+
+TOPICS = {
+    "north": ("alarms", "boats", "cheese", "dance", "engines", "flowers", "glass", "hats"),
+    "south": ("ink", "jam", "kites", "lamps", "maps", "nails", "opera", "paint"),
+}
+
+
+def data() -> tuple[dict[str, ToolRecord], list[CallRecord]]:
+    tools, calls = {}, []
+    for source, topics in TOPICS.items():
+        for topic in topics:
+            parameters = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}
+            tool_id = f"{source}/{topic}"
+            tools[tool_id] = ToolRecord(
+                tool_id, f"{topic}_finder", f"{topic.title()}!", topic, source, "dev", parameters
+            )
+            calls += [
+                CallRecord(f"{count} {topic}?", (Call(tool_id, {"count": count}),), source, "dev") for count in range(6)
+            ]
+    return tools, calls
+
+
+def test_drawn_task_is_a_function_of_its_arguments() -> None:
+    tools, calls = data()
+    task = calls_task(tools, calls, registry_size=4, requests=12, seed=3)
+    assert task.fingerprint == calls_task(tools, calls, registry_size=4, requests=12, seed=3).fingerprint
+    assert task.fingerprint != calls_task(tools, calls, registry_size=4, requests=12, seed=4).fingerprint
+    assert [sample.source for sample in task.samples] == ["north"] * 12 + ["south"] * 12
+    for sample in task.samples:
+        assert len(sample.registry) == 4 and sample.call is not None and sample.call.name in sample.registry
+        step = parse_step(sample.gold.removeprefix(THOUGHT_QUESTION), sample.registry)
+        assert set(task.score(sample, "", step).values()) == {1.0}
+    assert len({(sample.turns, sample.registry.fingerprint) for sample in task.samples}) == 24
+
+
+def test_invented_names_and_requests_that_no_tool_serves() -> None:
+    tools, calls = data()
+    task = calls_task(tools, calls, registry_size=4, requests=12, names="invented", unserved=0.5)
+    real = {tool.name for tool in tools.values()}
+    assert not any(name in real for sample in task.samples for name in sample.registry.names)
+    for source in ("north", "south"):
+        assert sum(sample.call is None for sample in task.samples if sample.source == source) == 6
+    for sample in task.samples:
+        if sample.call is None:
+            topic = sample.turns[-1].request.split()[1].strip("?")
+            assert not any(topic.title() in tool.description for tool in sample.registry)
+
+
+def test_impossible_draws_are_errors() -> None:
+    tools, calls = data()
+    with pytest.raises(DataError, match="one split"):
+        calls_task(tools, [])
+    with pytest.raises(DataError, match="expected 0 to below 1"):
+        calls_task(tools, calls, unserved=1.0)
+
+
+REGISTRY = ToolRegistry(
+    [
+        Tool(
+            name="book",
+            description="Books a room.",
+            parameters={
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string"},
+                    "nights": {"type": "integer"},
+                    "pets": {"type": "boolean"},
+                    "guests": {"type": "array", "items": {"type": "string"}},
+                },
+                "required": ["city", "nights"],
+            },
+        ),
+        Tool(name="cancel", description="Cancels a booking."),
+    ]
+)
+
+
+def judged(gold: dict[str, Any] | None, text: str) -> dict[str, float]:
+    call = None if gold is None else GoldCall("book", gold)
+    sample = BenchSample("1", "own", "call", REGISTRY, (Turn("?"),), "", call=call)
+    return score_call(sample, text, parse_step(text, REGISTRY))
+
+
+def call_text(arguments: str, name: str = "book") -> str:
+    return f" Yes\nAction: {name}\nAction Input: {arguments}\nObservation:"
+
+
+@pytest.mark.parametrize(
+    ("gold", "arguments", "expected"),
+    [
+        ({"city": "Oslo", "nights": 2}, '{"city": "Oslo", "nights": 2}', (1, 1, 1, 1)),
+        ({"city": "Oslo", "nights": 2}, '{"city": "the  oslo.", "nights": 2}', (1, 0.5, 1, 1)),
+        ({"city": "Oslo", "nights": 2}, '{"city": "Oslo", "nights": 3}', (1, 0.5, 0.5, 0)),
+        ({"city": "Oslo", "nights": 2}, '{"city": "Oslo", "nights": 2, "pets": true}', (1, 2 / 3, 2 / 3, 0)),
+        # The schema asks for nights, the gold call doesn't say how many: not judged.
+        ({"city": "Oslo"}, '{"city": "Oslo", "nights": 7}', (1, 1, 1, 1)),
+        ({"city": "Oslo", "nights": 2, "pets": True}, '{"city": "Oslo", "nights": 2}', (1, 2 / 3, 2 / 3, 0)),
+        (
+            {"city": "Oslo", "nights": 2, "guests": ["Ann", "Bo"]},
+            '{"city": "Oslo", "nights": 2, "guests": ["ann", "bo"]}',
+            (1, 2 / 3, 1, 1),
+        ),
+        ({"city": "Oslo", "nights": 2}, "Oslo for two nights", (1, 0, 0, 0)),
+    ],
+)
+def test_calls_by_the_rules(gold: dict[str, Any], arguments: str, expected: tuple[float, ...]) -> None:
+    result = judged(gold, call_text(arguments))
+    keys = ("tool", "arguments_exact", "arguments", "call")
+    assert tuple(result[key] for key in keys) == pytest.approx(expected)
+    assert set(result) <= set(METRICS)
+
+
+def test_wrong_tool_and_missing_call() -> None:
+    nothing = {"tool": 0.0, "arguments_exact": 0.0, "arguments": 0.0, "call": 0.0}
+    assert judged({"city": "Oslo"}, call_text("{}", "cancel")) == nothing
+    assert judged({"city": "Oslo"}, " No\nAI: Which city?") == nothing
+    assert judged({"city": "Oslo"}, "rubbish") == nothing
+
+
+def test_no_call() -> None:
+    assert judged(None, " No\nAI: I can't do that.") == {"no_call": 1.0}
+    assert judged(None, call_text("{}", "cancel")) == {"no_call": 0.0}
+    assert judged(None, "I can't do that.") == {"no_call": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("The Big House", "big house."),
+        ("2", 2),
+        (2, 2.0),
+        ("two", 2),
+        ("2.50", 2.5),
+        ("True", True),
+        ("$45.2", 45.2),
+        ("'Oslo'", "oslo"),
+        ("Oslo,  Norway", "oslo norway"),
+        (["A", "b"], ["a", "B"]),
+        ({"x": "A"}, {"x": "a"}),
+    ],
+)
+def test_normalised_alike(a: object, b: object) -> None:
+    assert normalised(a) == normalised(b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [("11:30", "11:31"), ("Oslo", "Osla"), (2, 3), ("nan", 1), (["a"], "a"), (True, 1)]
+)
+def test_normalised_apart(a: object, b: object) -> None:
+    assert normalised(a) != normalised(b)
