@@ -6,7 +6,9 @@ of JSON types that a schema admits. Knows nothing of tools; a caller turns `Sche
 """
 
 import copy
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 JSON_TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
@@ -23,16 +25,48 @@ class SchemaError(ValueError):
     """A schema can't be used; the message says where and why."""
 
 
-def check(schema: Any) -> None:
-    """Raise SchemaError unless `schema` is a valid JSON Schema (draft 2020-12 unless it names another in `$schema`)."""
+def check(schema: Mapping[str, Any]) -> None:
+    """Check the JSON Schema of an object (draft 2020-12 unless it names another in `$schema`), patterns included.
+
+    Raises:
+        SchemaError: it is not valid; where, and what was expected.
+    """
+    dialect = schema.get("$schema")
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping):
+        raise SchemaError(f"is not a valid JSON Schema: 'properties' must be an object, not {properties!r}")
+    parts = [("", {**schema, "properties": {}}), *((f"properties/{name}", value) for name, value in properties.items())]
+    for place, part in parts:
+        # Checking costs more than all else that reading a tool does, but without names and words for people the same
+        # few schemas come up over and over.
+        if isinstance(part, Mapping):
+            part = {key: value for key, value in part.items() if not _is_sound(key, value)}
+        flaw = _flaw(json.dumps(part), dialect if isinstance(dialect, str) else None)
+        if flaw is not None:
+            where = "/".join(filter(None, (place, flaw[0]))) or "its top"
+            raise SchemaError(f"is not a valid JSON Schema: at {where}, {flaw[1]}")
+
+
+def _is_sound(keyword: str, value: Any) -> bool:
+    """Whether a keyword that says nothing about types is as every dialect wants it."""
+    if keyword in ("description", "title"):
+        return isinstance(value, str)
+    if keyword == "required":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value) and len({*value}) == len(value)
+    return False
+
+
+@lru_cache(maxsize=4096)
+def _flaw(schema_text: str, dialect: str | None) -> tuple[str, str] | None:
+    """Where in the schema its first flaw is, and which; None if it is valid."""
     # Half a second of imports, which the command line's --help must not pay for.
     from jsonschema import exceptions, validators
 
-    try:
-        validators.validator_for(schema, default=validators.Draft202012Validator).check_schema(schema)
-    except exceptions.SchemaError as error:
-        where = "/".join(str(part) for part in error.absolute_path) or "its top"
-        raise SchemaError(f"is not a valid JSON Schema: at {where}, {error.message}") from error
+    default = validators.Draft202012Validator
+    validator = validators.validator_for({"$schema": dialect}, default=default) if dialect else default
+    meta = validator(validator.META_SCHEMA, format_checker=validator.FORMAT_CHECKER)
+    error = exceptions.best_match(meta.iter_errors(json.loads(schema_text)))
+    return None if error is None else ("/".join(str(part) for part in error.absolute_path), error.message)
 
 
 def resolve(reference: str, root: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from loragen_agents.json_schema import (
     SchemaError,
     admitted_types,
     canonical,
+    check,
     constants,
     inline_references,
     resolve,
@@ -116,6 +117,34 @@ def test_admitted_types(schema: Any, types: set[str]):
 )
 def test_constants(schema: Any, values: list[Any] | None):
     assert constants(schema) == values
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"properties": {"a": {"type": "txt"}}}, "at properties/a/type, 'txt' is not"),
+        ({"properties": {"a": {"items": {"description": 3}}}}, "at properties/a/items/description, 3 is not"),
+        ({"properties": {"a": {"description": 3}}}, "at properties/a/description, 3 is not"),
+        ({"properties": {"a": 3}}, "at properties/a, 3 is not"),
+        ({"properties": {"a": {"pattern": "["}}}, r"at properties/a/pattern, '\[' is not a 'regex'"),
+        ({"properties": []}, "'properties' must be an object"),
+        ({"properties": {}, "required": "a"}, "at required, 'a' is not"),
+        ({"properties": {}, "required": ["a", "a"]}, "at required, .* non-unique"),
+        ({"properties": {}, "required": [3]}, "at required/0, 3 is not"),
+        ({"properties": {}, "minProperties": -1}, "at minProperties, -1 is less"),
+    ],
+    ids=repr,
+)
+def test_check_says_where(schema: dict[str, Any], message: str):
+    with pytest.raises(SchemaError, match=message):
+        check(schema)
+
+
+def test_check_goes_by_the_dialect_that_the_schema_names():
+    schema = {"properties": {"a": {"items": [{"type": "string"}]}}}  # a tuple: prefixItems since 2020-12
+    with pytest.raises(SchemaError, match="properties/a/items"):
+        check(schema)
+    check({**schema, "$schema": "http://json-schema.org/draft-07/schema#"})
 
 
 def test_canonical_keeps_the_order_of_properties_alone():

@@ -137,7 +137,7 @@ class TestMarkers:
             ("{{ messages[-1]['content'] }}", "each message once and as it stands"),
             ("{{ messages[0]['foo']['bar'] }}", "refuses a conversation"),
             (
-                LOOP + "{% set n = loop.index | string %}{{ '<' + n + '>' + m['content'] + '</' + n + '>' }}{% endfor %}",
+                LOOP + "{% set n = loop.index | string %}{{ '<' + n + m['content'] + n + '>' }}{% endfor %}",
                 "can't tell where turns begin and end",
             ),
         ],
@@ -245,7 +245,7 @@ class TestOutsideText:
             "{% endfor %}" + GENERATE + "{{ '[BOT]\n\n' }}{% endif %}"
         )  # fmt: skip
         renderer = PromptRenderer(tokenizer)
-        user, bot, space = (tokenizer.convert_tokens_to_ids(token) for token in ("[USER]", "[BOT]", "\n\n"))
+        user, bot, space = (tokenizer.get_vocab()[token] for token in ("[USER]", "[BOT]", "\n\n"))
         ids = renderer.user_turn([Turn("[USER]\n\n[BOT]")])
         assert ids.count(user) == ids.count(bot) == 1
         # The blank line is an ordinary token, which a request has as any text does.
