@@ -1,14 +1,12 @@
 """The intermediate format of the training data: tools and the requests that call them, one JSON object a line.
 
 A data folder holds `tools.jsonl` (`id`, `name`, `description`, `domain`, `source`, `split`, `parameters`) and any
-number of `calls_*.jsonl` (`query`, `calls`: a list of `tool` id and `arguments` in order, `source`, `split`). This module
-reads, writes and repairs those records. It knows nothing of registries, prompts or models.
+number of `calls_*.jsonl` (`query`, `calls`: a list of `tool` id and `arguments` in order, `source`, `split`). This
+module reads, writes and repairs those records. It knows nothing of registries, prompts or models.
 """
 
 import json
-import os
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loragen_agents.errors import DataError
+from loragen_agents.files import replacing
 
 Split = Literal["train", "dev"]
 SPLITS = ("train", "dev")
@@ -244,21 +243,14 @@ def load_data(*folders: Path | str) -> DataSet:
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_data(data: DataSet, folder: Path | str) -> None:
     """Write `tools.jsonl`, `calls_train.jsonl` and `calls_dev.jsonl` into `folder`, which is made if it is missing."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "tools.jsonl", map(asdict, data.tools.values()))
     for split in SPLITS:
         rows = (asdict(record) for record in data.calls if record.split == split)

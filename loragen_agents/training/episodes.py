@@ -1,8 +1,8 @@
 """What a training step sees: a registry and requests to it, each with the one right continuation.
 
 An `Episode` shares its registry among all of its samples. A `Sample` is an open conversation and what the assistant
-does next; `target_parts` writes that as the text which follows `Thought: Do I need to use a tool?`. Where episodes come from
-is the sampler's affair, tokens and losses are the trainer's.
+does next; `target_parts` writes that as the text which follows `Thought: Do I need to use a tool?`. Where episodes
+come from is the sampler's affair, tokens and losses are the trainer's.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,51 @@
+"""Episodes to token ids: every target token knows which part of a step it belongs to.
+
+Knows tokenizers and episodes, no model and no loss.
+"""
+
+from dataclasses import dataclass
+
+from loragen_agents.prompting import PromptRenderer
+from loragen_agents.training.episodes import Episode, Part, Sample, target_parts
+
+PARTS: tuple[Part, ...] = ("decision", "format", "name", "arguments", "answer")
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """input_ids: prompt and target; parts: index into `PARTS` of each target token; choice: index of the gold tool in
+    the registry, or None where the gold is an answer; action_place: index in `input_ids` of the last token of `Action:`."""
+
+    input_ids: list[int]
+    parts: list[int]
+    choice: int | None
+    action_place: int | None
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the target."""
+        return len(self.input_ids) - len(self.parts)
+
+
+def tokenize_sample(renderer: PromptRenderer, episode: Episode, sample: Sample) -> TokenizedSample:
+    """Tokenise prompt and target; the target as one text, the way the model is to generate it."""
+    pieces = target_parts(sample, episode.registry)
+    ids, places = renderer.encode_with_offsets("".join(piece.text for piece in pieces))
+    ends, end = [], 0
+    for piece in pieces:
+        end += len(piece.text)
+        ends.append(end)
+    parts, action_place = [], None
+    for index, (start, _) in enumerate(places):
+        piece_index = next(n for n, end in enumerate(ends) if start < end)
+        parts.append(PARTS.index(pieces[piece_index].part))
+        if pieces[piece_index].part == "name" and action_place is None:
+            action_place = index - 1
+    prompt = renderer.user_turn(list(sample.turns))
+    if isinstance(sample.gold, str):
+        ids.append(renderer.end_token_ids[0])
+        parts.append(PARTS.index("answer"))
+        return TokenizedSample(prompt + ids, parts, None, None)
+    choice = episode.registry.names.index(sample.gold.name)
+    assert action_place is not None
+    return TokenizedSample(prompt + ids, parts, choice, len(prompt) + action_place)
