@@ -19,7 +19,8 @@ from loragen_agents.content import content_folder
 from loragen_agents.errors import DataError
 from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.react import Step
-from loragen_agents.registry import ToolRegistry
+from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools
 
 Tools = Literal["own", "all"]
 
@@ -70,20 +71,68 @@ def score_sample(sample: BenchSample, generated: str, step: Step) -> dict[str, f
 
 
 def _first(part: Part, limit: int | None) -> Sequence[MiniSample]:
-    samples = mini_samples(part)
+    _check_limit(limit)
+    return mini_samples(part)[:limit]
+
+
+def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise DataError(f"A limit of {limit} samples leaves nothing to score; give 1 or more.")
-    return samples[:limit]
 
 
 def _mini_sample(sample: MiniSample, part: Part, registry: ToolRegistry) -> BenchSample:
     return BenchSample(sample.id, part, sample.kind, registry, mini_turns(sample), sample.output)
 
 
-def file_task(paths: Sequence[Path], *, limit: int | None = None) -> Task:
+def file_task(paths: Sequence[Path], *, tools: Tools = "own", limit: int | None = None) -> Task:
     """GPT4Tools' own files as a task; each file is a source of its own.
+
+    Args:
+        tools: "own" (the tools that each row's prompt lists) or "all" (every tool of the files, for every row).
+        limit: so many samples of each file, spread evenly over it.
 
     Raises:
         DataError: a file is missing, damaged or cut off; the message names the row.
     """
-    raise NotImplementedError
+    files = {path.stem: read_gpt4tools(path) for path in paths}
+    if len(files) < len(paths):
+        raise DataError("Two of the data files have the same name; results are kept by it, so rename one.")
+    everything: dict[str, Tool] = {}
+    for rows in files.values():
+        for row in rows:
+            for tool in row.registry:
+                everything.setdefault(tool.name, tool)
+    shared = ToolRegistry(everything.values(), input_format="csv")
+    samples: list[BenchSample] = []
+    for source, rows in files.items():
+        drawn = [
+            BenchSample(
+                f"{source}/{row.id}",
+                source,
+                _file_kind(row),
+                row.registry if tools == "own" else shared,
+                row.turns,
+                row.output,
+                due=row.due,
+            )
+            for row in _spread(rows, limit)
+        ]
+        # Rows with the same tools one behind the other: a registry is specialised on once.
+        places = {sample.registry.fingerprint: place for place, sample in reversed(list(enumerate(drawn)))}
+        samples += sorted(drawn, key=lambda sample: places[sample.registry.fingerprint])
+    settings = {"data": [str(path) for path in paths], "tools": tools, "limit": limit}
+    title = f"GPT4Tools, {' and '.join(files)}"
+    return Task("gpt4tools", title, METRICS, "average", samples, score_sample, settings)
+
+
+def _spread(rows: Sequence[GPT4ToolsSample], limit: int | None) -> Sequence[GPT4ToolsSample]:
+    _check_limit(limit)
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[place * len(rows) // limit] for place in range(limit)]
+
+
+def _file_kind(row: GPT4ToolsSample) -> str:
+    if row.turns[-1].steps:
+        return "context" if row.due else "finished"
+    return "positive" if row.due else "negative"

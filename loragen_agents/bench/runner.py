@@ -8,15 +8,15 @@ and a machine that slows down slows all of them down. Knows nothing of models (a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from loragen_agents.bench.costs import TurnCost
 from loragen_agents.bench.results import Record, RunFolder
 from loragen_agents.bench.rows import Row
 from loragen_agents.bench.tasks import BenchSample, Task, step_record
-from loragen_agents.prompting import Turn
-from loragen_agents.react import parse_step
+from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
+from loragen_agents.react import OBSERVATION_STOP, Answer, parse_step
 from loragen_agents.registry import ToolRegistry
 
 
@@ -59,12 +59,30 @@ def run_rows(
                 continue
             session = engine.open(row, block[0].registry, block[0].system_text)
             for sample in pending:
-                record = _record(task, row, sample, session.write(sample.turns))
+                record = _record(task, row, sample, _write(session, sample))
                 # Once a session: a registry that serves several blocks was set up for all of them.
                 record["setup_seconds"] = session.setup_seconds
                 session.setup_seconds = None
                 folder.add(record)
                 progress(record)
+
+
+def _write(session: Session, sample: BenchSample) -> Written:
+    """What the row writes; where several steps are due, one after the other, with the gold observation after each.
+
+    The cost is the first step's: a turn is one call of the model.
+    """
+    written = first = session.write(sample.turns)
+    *earlier, last = sample.turns
+    text = written.text
+    for due in sample.due[:-1]:
+        step = parse_step(written.text, sample.registry, cut_off=written.finish == "length")
+        if isinstance(step, Answer) or step.action is None or step.action_input is None:
+            break
+        last = replace(last, steps=(*last.steps, TakenStep(step.action, step.action_input, due.observation)))
+        written = session.write((*earlier, last))
+        text = f"{text}{OBSERVATION_STOP} {due.observation}\n{THOUGHT_QUESTION}{written.text}"
+    return replace(first, text=text, finish=written.finish)
 
 
 def _record(task: Task, row: Row, sample: BenchSample, written: Written) -> Record:

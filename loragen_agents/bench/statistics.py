@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -95,6 +96,11 @@ def _resampled_means(values: np.ndarray) -> np.ndarray:
     n = len(values)
     if n == 0:
         return np.empty(0)
-    # How often each value is drawn is multinomial: one matrix product instead of RESAMPLES index draws.
-    counts = np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return counts @ values / n
+    return _counts(n) @ values / n
+
+
+@lru_cache(maxsize=16)
+def _counts(n: int) -> np.ndarray:
+    """How often each of `n` values is drawn in each resample, shape (RESAMPLES, n): a multinomial, so that resampled
+    means are one matrix product."""
+    return np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float32)

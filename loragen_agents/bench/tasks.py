@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loragen_agents.prompting import Turn
+from loragen_agents.prompting import TakenStep, Turn
 from loragen_agents.react import Answer, Step, ToolStep
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.training.episodes import GoldCall
@@ -33,6 +33,8 @@ class BenchSample:
         turns: the conversation; the last turn is open.
         gold: the gold continuation as text, from `Thought:` on.
         call: the gold call, where the task judges calls; None where an answer without a tool is due.
+        due: where the gold continuation takes several steps, all of them; what they report is shown to the model after
+            each of its own.
     """
 
     id: str
@@ -43,6 +45,7 @@ class BenchSample:
     gold: str
     system_text: str = ""
     call: GoldCall | None = None
+    due: tuple[TakenStep, ...] = ()
 
 
 class Scorer(Protocol):

@@ -174,12 +174,11 @@ def split_instruction(instruction: str) -> tuple[str, tuple[Turn, ...]]:
 
 
 def _history(text: str) -> Iterator[Turn]:
-    speakers = list(_SPEAKER.finditer(text))
-    ends = [match.start() for match in speakers[1:]] + [len(text)]
-    said = [(match[1], text[match.end() : end].strip()) for match, end in zip(speakers, ends, strict=True)]
-    if [speaker for speaker, _ in said] != ["Human", "AI"] * (len(said) // 2):
+    before, *pieces = _SPEAKER.split(text)
+    speakers, said = pieces[::2], [piece.strip() for piece in pieces[1::2]]
+    if before.strip() or speakers != ["Human", "AI"] * (len(speakers) // 2):
         raise ValueError("the previous conversation must be turns of 'Human:' and 'AI:' lines")
-    for (_, request), (_, answer) in zip(said[::2], said[1::2], strict=True):
+    for request, answer in zip(said[::2], said[1::2], strict=True):
         yield Turn(request, (), answer)
 
 

@@ -13,16 +13,16 @@ from loragen_agents.bench import plots
 from loragen_agents.bench.compare import compare, comparison_table
 from loragen_agents.bench.costs import PeakMemory, TurnCost, break_even_turns, kv_cache_bytes, model_bytes, row_cost
 from loragen_agents.bench.display import LiveTable
-from loragen_agents.bench.gpt4tools_task import mini_registry, mini_task
+from loragen_agents.bench.gpt4tools_task import mini_registry, mini_task, score_sample
 from loragen_agents.bench.latency import draw, latency_table, measure, tool_pool
 from loragen_agents.bench.report import markdown, render, write_report
 from loragen_agents.bench.results import RunFolder, read_records, read_results, results_document, summarize
 from loragen_agents.bench.rows import DEFAULT_ROWS, Row, row_from_name, rows_from_names
 from loragen_agents.bench.runner import Written, run_rows
-from loragen_agents.bench.tasks import BLOCK, Task
+from loragen_agents.bench.tasks import BLOCK, BenchSample, Task
 from loragen_agents.console import results as console
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import THOUGHT_QUESTION, Turn
+from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.registry import ToolRegistry
 from tests.tiny_models import tiny_model
 
@@ -109,6 +109,28 @@ def test_every_row_scores_every_sample(task: Task, tmp_path: Path) -> None:
     assert cost["break_even_turns"] == pytest.approx(500 / 800)
     assert cost["break_even_cached_turns"] is None
     assert results["complete"] and results["versions"]["torch"] and results["machine"]["cores"]
+
+
+def test_due_steps_are_written_one_after_the_other(tmp_path: Path) -> None:
+    registry = mini_registry("unseen")
+    gold = (TakenStep("Detect Face", "a.png", "b.png"), TakenStep("Recognize Face", "b.png", "Ann"))
+    output = "".join(
+        f"{THOUGHT_QUESTION} Yes\nAction: {s.action}\nAction Input: {s.action_input}\nObservation: {s.observation}\n"
+        for s in gold
+    )
+    sample = BenchSample("1", "own", "positive", registry, (Turn("Who is it?"),), output, due=gold)
+    several = Task("gpt4tools", "Two steps", {"success": "SR"}, "success", [sample], score_sample)
+    engine = FakeEngine()
+
+    def write(turns: Sequence[Turn]) -> str:
+        step = gold[len(turns[-1].steps)]
+        return f" Yes\nAction: {step.action}\nAction Input: {step.action_input}"
+
+    engine.answers["bare"] = write
+    folder = RunFolder(None, header(several))
+    run_rows(several, rows_from_names(["bare", "lora-gen"]), engine, folder, lambda record: None)
+    assert [record["scores"]["success"] for record in folder.records] == [1.0, 0.0]
+    assert engine.written == 3  # an answer ends the steps
 
 
 def test_same_run_same_scores(task: Task, tmp_path: Path) -> None:
