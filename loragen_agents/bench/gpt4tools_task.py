@@ -20,7 +20,7 @@ from loragen_agents.errors import DataError
 from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.react import Step
 from loragen_agents.registry import Tool, ToolRegistry
-from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools
+from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools, taken_steps, write_gpt4tools
 
 Tools = Literal["own", "all"]
 
@@ -62,6 +62,18 @@ def mini_turns(sample: MiniSample) -> tuple[Turn, ...]:
     opening = (Turn(sample.opening, (), _RECEIVED),) if sample.opening else ()
     steps = tuple(TakenStep(step.action, step.action_input, step.observation) for step in sample.steps)
     return (*opening, Turn(sample.request, steps))
+
+
+def write_mini(part: Part, folder: Path) -> tuple[Path, int]:
+    """Write a part of GPT4Tools-mini as a file in GPT4Tools' format; gives its path and the number of samples."""
+    path = folder / f"gpt4tools_mini_{part}.json"
+    registry = mini_registry(part)
+    samples = [
+        GPT4ToolsSample(sample.id, registry, mini_turns(sample), sample.output, taken_steps(sample.output))
+        for sample in mini_samples(part)
+    ]
+    write_gpt4tools(samples, path)
+    return path, len(samples)
 
 
 def score_sample(sample: BenchSample, generated: str, step: Step) -> dict[str, float]:

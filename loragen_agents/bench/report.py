@@ -126,7 +126,7 @@ def markdown(results: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
         "",
         "Scores in percent with 95% bootstrap intervals.",
         "",
-        *_markdown_table(*quality_table(results)),
+        *markdown_table(*quality_table(results)),
     ]
     for line in missing_lines(results):
         lines.append(f"- {line}")
@@ -134,8 +134,8 @@ def markdown(results: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
         lines.append("")
     for key in ("source", "kind"):
         if table := group_table(results, key):
-            lines += [f"## By {key}", "", *_markdown_table(*table)]
-    lines += ["## Cost", "", *_markdown_table(*cost_table(results))]
+            lines += [f"## By {key}", "", *markdown_table(*table)]
+    lines += ["## Cost", "", *markdown_table(*cost_table(results))]
     lines += [
         f"A turn of {results['equal_tokens']} tokens: median time to the first token and {results['equal_tokens'] - 1} "
         "times the median time of a further one; rows write texts of different lengths, this compares them at one. "
@@ -170,7 +170,9 @@ def _rich(title: str, headings: Sequence[str], cells: Cells) -> Table:
     return table
 
 
-def _markdown_table(headings: Sequence[str], cells: Cells) -> list[str]:
+def markdown_table(headings: Sequence[str], cells: Cells) -> list[str]:
+    """The lines of a Markdown table, and an empty one."""
+
     def line(row: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from loragen_agents.bench.gpt4tools_mini import PARTS, Part, mini_samples
-from loragen_agents.bench.gpt4tools_task import file_task, mini_registry, mini_turns
+from loragen_agents.bench.gpt4tools_task import file_task, mini_registry, mini_turns, write_mini
 from loragen_agents.errors import DataError
 from loragen_agents.prompting import TakenStep, Turn
-from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools, taken_steps, write_gpt4tools
+from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools, taken_steps
 
 # The layout of GPT4Tools' prompts, with text of our own.
 PROMPT = """The assistant deals with words and pictures.
@@ -90,14 +90,14 @@ def test_output_of_several_steps() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_mini_is_in_this_format(part: Part, tmp_path: Path) -> None:
-    registry = mini_registry(part)
-    samples = [
-        GPT4ToolsSample(sample.id, registry, mini_turns(sample), sample.output, taken_steps(sample.output))
-        for sample in mini_samples(part)
+    path, count = write_mini(part, tmp_path)
+    found = read_gpt4tools(path)
+    wanted = [
+        (sample.id, mini_turns(sample), sample.output, taken_steps(sample.output)) for sample in mini_samples(part)
     ]
-    write_gpt4tools(samples, tmp_path / "mini.json")
-    found = read_gpt4tools(tmp_path / "mini.json")
-    assert [(s.id, s.turns, s.output, s.due) for s in found] == [(s.id, s.turns, s.output, s.due) for s in samples]
+    registry = mini_registry(part)
+    assert count == len(found)
+    assert [(s.id, s.turns, s.output, s.due) for s in found] == wanted
     assert found[0].registry.names == registry.names
     assert [tool.parameters for tool in found[0].registry] == [tool.parameters for tool in registry]
 
