@@ -39,21 +39,6 @@ def say(text: str = "", *, style: str = "") -> None:
     results.print(Text(visible(text), style=style), soft_wrap=True)
 
 
-def show_table(headings: list[str], rows: list[list[str]]) -> None:
-    """Print a plain table to stdout; where there is no terminal to fit, the cells are as wide as they need to be."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in headings:
-        table.add_column(Text(heading), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
-    # Console.measure would stay within 80 columns of a pipe, where long paths have to survive.
-    width = None if results.is_terminal else 10_000
-    results.print(table, width=width, crop=False)
-
-
 def complain(text: str) -> None:
     """Print one paragraph about what went wrong to stderr."""
     paragraph = Text("Error: ", style="bold red")

@@ -4,8 +4,10 @@ transformers reads the file and unpacks its quantised blocks; what it leaves out
 bf16 holds all that the usual 4- to 8-bit files carry; files of float32 lose precision.
 """
 
+import importlib
 import mmap
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ from loragen_agents.progress import Progress
 # transformers knows no such name and would split them as GPT-2 does: in front of a number it cuts the spaces and line
 # ends of "\n\n1." or "a  17" differently. Checked for smollm against llama.cpp's own tokenizer.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+# transformers' bars are switched for the whole process, so conversions take turns; each needs much memory anyway.
+_CONVERTING = threading.Lock()
 # What transformers writes where a tokenizer states no limit.
 _NO_LIMIT = int(1e30)
 
@@ -37,11 +41,12 @@ def convert_gguf(gguf: Path, folder: Path, name: str, progress: Progress) -> Non
         ModelLoadError: the file is damaged, or of an architecture or quantisation that transformers can't read.
         OSError, safetensors.SafetensorError: `folder` can't be written to.
     """
-    try:
-        with quiet_transformers():
-            progress(f"Reading {name} from its GGUF file", None)
+    with _CONVERTING, quiet_transformers(), _without_tensor_bar():
+        progress(f"Reading {name} from its GGUF file", None)
+        with _damage_named(name):
             config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            progress(f"Converting the weights of {name} to bf16 (once)", None)
+        progress(f"Converting the weights of {name} to bf16 (once)", None)
+        with _damage_named(name):
             # With output_loading_info it gives a pair, which its annotations do not know.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -52,18 +57,16 @@ def convert_gguf(gguf: Path, folder: Path, name: str, progress: Progress) -> Non
                 **_unpacked(),
             )
             model, report = loaded
-            progress(f"Converting the tokenizer of {name} (once)", None)
+        progress(f"Converting the tokenizer of {name} (once)", None)
+        with _damage_named(name):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             _mend_tokenizer(tokenizer, gguf, config)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers and gguf raise whatever a damaged file makes them stumble over
-        raise ModelLoadError(f"the GGUF file of {name} can't be converted: {type(error).__name__}: {error}") from error
     check_complete(report, name)
     progress(f"Writing {name}", None)
     folder.mkdir()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def check_complete(report: dict[str, Any], name: str) -> None:
@@ -90,6 +93,31 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if were_on:
             transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise ModelLoadError(f"there is not enough memory to convert {name}: {error}") from error
+    except Exception as error:  # transformers and gguf raise whatever a damaged file makes them stumble over
+        raise ModelLoadError(f"the GGUF file of {name} can't be converted: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _without_tensor_bar() -> Iterator[None]:
+    """Take away the bar of transformers' GGUF reader, which obeys none of its switches."""
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:  # another release of transformers, without that bar
+        yield
+        return
+    reader.tqdm = lambda tensors, **_: tensors  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        reader.tqdm = bar  # type: ignore[attr-defined]
 
 
 def _unpacked() -> dict[str, Any]:

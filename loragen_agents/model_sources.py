@@ -5,7 +5,6 @@ them. Conversion and caching are other modules' business. Only safetensors, GGUF
 installed.
 """
 
-import difflib
 import hashlib
 import importlib.metadata
 import io
@@ -138,10 +137,9 @@ def find_source(name: str | Path | Sequence[str | Path]) -> Source:
     hub_id = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", text)
     if hub_id:
         return HubModel(hub_id[1], hub_id[2])
-    close = difflib.get_close_matches(text.lower(), KNOWN_MODELS, n=1, cutoff=0.4)
     raise ModelLoadError(
-        f"unknown language model {text!r}{f': did you mean {close[0]!r}?' if close else ''} Expected one of "
-        f"{', '.join(KNOWN_MODELS)}, a folder, a GGUF file or a Hub id (owner/model)"
+        f"unknown language model {text!r}; expected one of {', '.join(KNOWN_MODELS)}, a folder, a GGUF file or a Hub "
+        "id (owner/model)"
     )
 
 

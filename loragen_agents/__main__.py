@@ -1,0 +1,7 @@
+"""`python -m loragen_agents` does what `loragen-agents` does."""
+
+import sys
+
+from loragen_agents.cli import main
+
+sys.exit(main())

@@ -1,0 +1,288 @@
+"""`loragen-agents bench gpt4tools|calls|latency|compare|mini`: how well and how fast, for every row of the table."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loragen_agents.bench.engine import ModelEngine
+    from loragen_agents.bench.tasks import Task
+
+NAME = "bench"
+HELP = "measure how well and how fast specialised models use tools, beside what one would use instead"
+
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    gpt4tools = actions.add_parser("gpt4tools", help="the paper's Table 3: GPT4Tools' five rates for every row")
+    gpt4tools.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a GPT4Tools file of your own (several times for several); without it GPT4Tools-mini, which is shipped",
+    )
+    gpt4tools.add_argument(
+        "--part", choices=("unseen", "seen", "both"), default="unseen", help="part of GPT4Tools-mini (default: unseen)"
+    )
+    gpt4tools.add_argument(
+        "--registry",
+        choices=("own", "all"),
+        default="own",
+        help="tools that are offered: the sample's own, or all tools of the data (default: own)",
+    )
+    gpt4tools.add_argument("--limit", type=int, metavar="N", help="score N samples of each part or file only")
+    _add_run_arguments(gpt4tools)
+
+    calls = actions.add_parser("calls", help="tool calls on any registry and requests (tools.jsonl, calls_*.jsonl)")
+    calls.add_argument("--tools", type=Path, required=True, metavar="FILE", help="tools.jsonl")
+    calls.add_argument("--calls", type=Path, required=True, metavar="FILE", help="calls_dev.jsonl, for example")
+    calls.add_argument("--size", type=int, default=8, metavar="N", help="tools in a registry (default: 8)")
+    calls.add_argument(
+        "--requests", "--limit", type=int, default=40, metavar="N", help="requests of each source (default: 40)"
+    )
+    calls.add_argument("--seed", type=int, default=0, help="of the registries and requests (default: 0)")
+    calls.add_argument(
+        "--names",
+        choices=("real", "invented", "restyled", "reworded", "swapped"),
+        default="real",
+        help="the tools' names: their own, or made-up words with different first tokens (default: real)",
+    )
+    calls.add_argument(
+        "--unserved", type=float, default=0.0, metavar="SHARE", help="share of requests that no tool of theirs serves"
+    )
+    calls.add_argument("--input-format", choices=("json", "csv"), default="json", help="how inputs are written")
+    _add_run_arguments(calls)
+
+    latency = actions.add_parser("latency", help="time to the first token and per turn for 1 to 64 tools")
+    latency.add_argument(
+        "--tools", type=Path, action="append", metavar="FILE", help="registries (YAML) to take tools from"
+    )
+    latency.add_argument("--counts", type=int, nargs="+", metavar="N", help="registry sizes (default: 1 2 4 ... 64)")
+    latency.add_argument("--repeats", type=int, default=5, metavar="N", help="turns timed for a point (default: 5)")
+    latency.add_argument("--turn-tokens", type=int, default=32, metavar="N", help="length of a turn (default: 32)")
+    latency.add_argument("--out", type=Path, metavar="FOLDER", help="folder for latency.json, latency.md and plots")
+    _add_model_arguments(latency)
+
+    compare = actions.add_parser("compare", help="two results side by side, sample by sample")
+    compare.add_argument("a", type=Path, metavar="A", help="folder of a run (its --out)")
+    compare.add_argument("b", type=Path, metavar="B", help="folder of another run, or of the same one")
+    compare.add_argument("--row-a", metavar="ROW", help="one row of A (default: all rows that both have)")
+    compare.add_argument("--row-b", metavar="ROW", help="the row of B beside it")
+
+    mini = actions.add_parser("mini", help="write GPT4Tools-mini as files in GPT4Tools' format")
+    mini.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", metavar="ROW,ROW", help="rows of the table by name (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, predictions, report and plots")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
+    parser.add_argument("--max-tokens", type=int, default=96, metavar="N", help="longest text of a step (default: 96)")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--edge", metavar="MODEL", help="edge model (default: the embedded one)")
+    parser.add_argument("--cloud", metavar="MODEL", help="cloud model (default: the edge model)")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="ROW=FOLDER",
+        help="weights of a row: a PEFT folder for lora and lora-definitions, a generator for lora-gen rows",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "gpt4tools": _gpt4tools,
+        "calls": _calls,
+        "latency": _latency,
+        "compare": _compare,
+        "mini": _mini,
+    }
+    return actions[arguments.action](arguments)
+
+
+def _gpt4tools(arguments: argparse.Namespace) -> int:
+    from loragen_agents.bench.gpt4tools_task import file_task, mini_task
+
+    if arguments.data:
+        task = file_task(arguments.data, tools=arguments.registry, limit=arguments.limit)
+    else:
+        parts = ("seen", "unseen") if arguments.part == "both" else (arguments.part,)
+        task = mini_task(parts, tools=arguments.registry, limit=arguments.limit)
+    return _run(arguments, _engine(arguments, "gpt4tools"), task)
+
+
+def _calls(arguments: argparse.Namespace) -> int:
+    from loragen_agents.bench.calls import calls_task
+    from loragen_agents.training.data import read_calls, read_tools
+
+    tools = read_tools(arguments.tools)
+    calls = read_calls(arguments.calls, tools)
+    engine = _engine(arguments, "calls")
+    task = calls_task(
+        tools,
+        calls,
+        registry_size=arguments.size,
+        requests=arguments.requests,
+        seed=arguments.seed,
+        names=arguments.names,
+        unserved=arguments.unserved,
+        input_format=arguments.input_format,
+        name_key=engine.first_token if arguments.names == "invented" else None,
+    )
+    return _run(arguments, engine, task)
+
+
+def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> int:
+    from loragen_agents.bench import plots, report
+    from loragen_agents.bench.launch import launch
+    from loragen_agents.bench.rows import DEFAULT_ROWS, rows_from_names
+    from loragen_agents.console import print_json, results, say
+
+    rows = rows_from_names(arguments.rows.split(",") if arguments.rows else DEFAULT_ROWS)
+    document = launch(
+        task,
+        rows,
+        engine,
+        out=arguments.out,
+        resume=arguments.resume,
+        command=shlex.join(["loragen-agents", *sys.argv[1:]]),
+    )
+    if arguments.json:
+        print_json(document)
+    else:
+        results.print(report.render(document))
+        if not document["complete"]:
+            where = f" `--out {arguments.out} --resume` goes on." if arguments.out else ""
+            say(f"Stopped early; the figures are over what was scored.{where}")
+        elif arguments.out:
+            say(f"Results, predictions and report are in {arguments.out}.")
+            if hint := plots.hint():
+                say(hint)
+    return 0 if document["complete"] else _INTERRUPTED
+
+
+def _latency(arguments: argparse.Namespace) -> int:
+    import json
+
+    from loragen_agents.bench import latency, plots
+    from loragen_agents.bench.report import markdown_table
+    from loragen_agents.bench.results import library_versions, machine
+    from loragen_agents.bench.rows import rows_from_names
+    from loragen_agents.console import print_json, say, show_table
+    from loragen_agents.content import content_folder
+    from loragen_agents.files import replacing
+    from loragen_agents.progress import shown, silent
+    from loragen_agents.registry import ToolRegistry
+
+    engine = _engine(arguments, "latency")
+    rows = rows_from_names(latency.LATENCY_ROWS)
+    paths = arguments.tools or sorted(content_folder("tools").glob("*.yaml"))
+    counts = arguments.counts or latency.TOOL_COUNTS
+    pool = latency.tool_pool([ToolRegistry.from_yaml(path) for path in paths], max(counts))
+    with shown(silent if arguments.json else None) as progress:
+        points = list(
+            latency.measure(
+                engine,
+                rows,
+                pool,
+                counts=counts,
+                repeats=arguments.repeats,
+                turn_tokens=arguments.turn_tokens,
+                progress=progress,
+            )
+        )
+    document: dict[str, Any] = {
+        "command": shlex.join(["loragen-agents", *sys.argv[1:]]),
+        "turn_tokens": arguments.turn_tokens,
+        "repeats": arguments.repeats,
+        **engine.describe(rows),
+        "versions": library_versions(),
+        "machine": machine(),
+        "points": latency.plain_points(points),
+    }
+    table = latency.latency_table(points, arguments.turn_tokens)
+    if arguments.out:
+        drawn = latency.draw(points, arguments.turn_tokens, arguments.out)
+        text = "\n".join(
+            [
+                "# Latency against the number of tools",
+                "",
+                f"Command: `{document['command']}`",
+                "",
+                *markdown_table(*table),
+                *(f"![{path.name}]({path.name})" for path in drawn),
+            ]
+        )
+        for name, content in (("latency.json", json.dumps(document, indent=2)), ("latency.md", text)):
+            with replacing(arguments.out / name) as temporary:
+                temporary.write_text(content.rstrip() + "\n", encoding="utf-8")
+    if arguments.json:
+        print_json(document)
+        return 0
+    show_table(*table)
+    if arguments.out and (hint := plots.hint()):
+        say(hint)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from loragen_agents.bench.compare import compare, comparison_table
+    from loragen_agents.bench.results import read_results
+    from loragen_agents.console import print_json, say, show_table
+
+    comparisons = compare(arguments.a, arguments.b, row_a=arguments.row_a, row_b=arguments.row_b)
+    if arguments.json:
+        print_json([asdict(comparison) for comparison in comparisons])
+        return 0
+    say(f"A {arguments.a}, B {arguments.b}; rates in percent, differences in points, paired bootstrap")
+    show_table(*comparison_table(comparisons, read_results(arguments.a)["task"]["metrics"]))
+    return 0
+
+
+def _mini(arguments: argparse.Namespace) -> int:
+    from loragen_agents.bench.gpt4tools_mini import PARTS
+    from loragen_agents.bench.gpt4tools_task import write_mini
+    from loragen_agents.console import print_json, say
+
+    written = {part: write_mini(part, arguments.out) for part in PARTS}
+    if arguments.json:
+        print_json({part: {"file": str(path), "samples": count} for part, (path, count) in written.items()})
+        return 0
+    for path, count in written.values():
+        say(f"{path}: {count} samples")
+    return 0
+
+
+def _engine(arguments: argparse.Namespace, task: str) -> "ModelEngine":
+    import torch
+
+    from loragen_agents.bench.engine import ModelEngine
+    from loragen_agents.language_models import DEFAULT_MODEL
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return ModelEngine(
+        task,
+        edge=arguments.edge or DEFAULT_MODEL,
+        cloud=arguments.cloud,
+        weights=arguments.weights,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_tokens=getattr(arguments, "max_tokens", 96),
+    )
