@@ -172,8 +172,8 @@ def _read_template(line: str, arguments: dict[str, Argument], where: str) -> Tem
         values = arguments[name].values
         if isinstance(values, tuple) and value not in values:
             raise DataError(f"{where}: the template {line!r} sets {name} to {value!r}; expected one of {values}")
-    if text.count("(") != text.count(")") or "(" in _CHOICE.sub("", text):
-        raise DataError(f"{where}: the template {line!r} has a bracket that is no choice: write (one|two)")
+    if "|" in _CHOICE.sub("", text):
+        raise DataError(f"{where}: the template {line!r} has a '|' outside of a choice: write (one|two)")
     return template
 
 
