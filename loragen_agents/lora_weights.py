@@ -21,10 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loragen_agents.errors import CheckpointError, ModelLoadError
+from loragen_agents.errors import CheckpointError
 from loragen_agents.files import replacing
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+from loragen_agents.language_models import PROJECTIONS, gated_ffn_layers
 
 Entry = tuple[int, str]
 
@@ -353,22 +352,6 @@ class _LowRankHook:
             )
         low = torch.bmm(x, a[self.rows].transpose(1, 2))
         return output + torch.bmm(low, b[self.rows].transpose(1, 2)).to(output.dtype)
-
-
-def gated_ffn_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The FFN modules of a model in the order of its layers, each with its path.
-
-    Raises:
-        ModelLoadError: the model has no FFN with gate_proj, up_proj and down_proj.
-    """
-    layers = [
-        (path, module)
-        for path, module in model.named_modules()
-        if all(isinstance(getattr(module, projection, None), nn.Module) for projection in PROJECTIONS)
-    ]
-    if not layers:
-        raise ModelLoadError(f"{type(model).__name__} has no gated FFN (gate_proj, up_proj, down_proj)")
-    return layers
 
 
 def _stack(several: Sequence[LoRAWeights], entry: Entry) -> tuple[Tensor, Tensor]:

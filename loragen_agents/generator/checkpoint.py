@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from loragen_agents.errors import CheckpointError
 from loragen_agents.files import replacing
-
-if TYPE_CHECKING:
-    from loragen_agents.language_models import LanguageModel
+from loragen_agents.language_models import LanguageModel
 
 FORMAT, VERSION = "loragen-agents generator", 1
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "default"
@@ -41,7 +39,7 @@ class ModelIdentity:
     fingerprint: str
 
     @classmethod
-    def of(cls, language_model: "LanguageModel") -> "ModelIdentity":
+    def of(cls, language_model: LanguageModel) -> "ModelIdentity":
         """The identity of a loaded model."""
         config = language_model.model.config.get_text_config()
         return cls(

@@ -7,7 +7,7 @@ nothing of registries, prompts or LangChain: a system prompt is text, and tools 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,10 @@ from loragen_agents.generator.checkpoint import (
 from loragen_agents.generator.experts import DirectProjection, ExpertPool, FFNShape, LayerMatrices
 from loragen_agents.generator.meta_tokens import MetaTokens
 from loragen_agents.generator.router import Router, gumbel_top_k, keep_top_k, load_loss
+from loragen_agents.language_models import LanguageModel
 from loragen_agents.lora_weights import LoRAWeights
 from loragen_agents.prompting import PromptRenderer
 from loragen_agents.registry import Tool
-
-if TYPE_CHECKING:
-    from loragen_agents.language_models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ class LoRAGenerator(nn.Module):
     def __init__(
         self,
         config: GeneratorConfig,
-        cloud: "LanguageModel | None",
-        edge: "LanguageModel",
+        cloud: LanguageModel | None,
+        edge: LanguageModel,
         tool_memory: ToolWriter | None = None,
     ) -> None:
         super().__init__()
@@ -297,8 +295,8 @@ class LoRAGenerator(nn.Module):
     def load(
         cls,
         folder: str | Path,
-        cloud: "LanguageModel | None",
-        edge: "LanguageModel",
+        cloud: LanguageModel | None,
+        edge: LanguageModel,
         *,
         allow_other_weights: bool = False,
     ) -> "LoRAGenerator":

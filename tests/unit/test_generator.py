@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from loragen_agents.language_models import LanguageModel
 from safetensors.torch import load_file, save_file
 
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.generator.checkpoint import ModelIdentity, resolve
-from loragen_agents.lora_weights import PROJECTIONS, LoRAWeights, apply_lora
+from loragen_agents.language_models import PROJECTIONS, LanguageModel
+from loragen_agents.lora_weights import LoRAWeights, apply_lora
 from loragen_agents.registry import Tool
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loragen_agents.errors import CheckpointError
-from loragen_agents.lora_weights import PROJECTIONS, LoRAWeights, apply_lora, gated_ffn_layers
+from loragen_agents.language_models import PROJECTIONS, gated_ffn_layers
+from loragen_agents.lora_weights import LoRAWeights, apply_lora
 from tests.tiny_models import SIZES, tiny_model
 
 LAYERS, HIDDEN, WIDTH = SIZES["num_hidden_layers"], SIZES["hidden_size"], SIZES["intermediate_size"]
