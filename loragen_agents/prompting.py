@@ -157,8 +157,14 @@ class PromptRenderer:
 
         Lone surrogates, which no tokenizer takes, become U+FFFD.
         """
+        return self.encode_with_starts(text)[0]
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode_text`, and the place in `text` of the first character of every token."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = []
+        starts: list[int] = []
+        done = 0
         while text:
             encoding = self._outside.encode(text, add_special_tokens=False)
             cut = None
@@ -167,13 +173,15 @@ class PromptRenderer:
                     cut = start + 1
                     break
             if cut is None:
-                return ids + encoding.ids
+                return ids + encoding.ids, starts + [done + start for start, _ in encoding.offsets]
             # Some vocabularies (Unigram) hold control tokens as ordinary pieces; split inside, none is left.
             if cut >= len(text) and cut == start + len(self._control[token]):
                 raise PromptError(f"{self.name}: the control token {text!r} is a single character and can't be quoted")
-            ids += self._outside.encode(text[:cut], add_special_tokens=False).ids
-            text = text[cut:]
-        return ids
+            encoding = self._outside.encode(text[:cut], add_special_tokens=False)
+            ids += encoding.ids
+            starts += [done + start for start, _ in encoding.offsets]
+            text, done = text[cut:], done + cut
+        return ids, starts
 
     def _user_turn_pieces(self, turns: Sequence[Turn]) -> Iterator[_Piece]:
         _check(turns)

@@ -7,7 +7,7 @@ nothing of registries, prompts or LangChain: a system prompt is text, and tools 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,15 @@ from loragen_agents.generator.checkpoint import (
     write_checkpoint,
 )
 from loragen_agents.generator.experts import DirectProjection, ExpertPool, FFNShape, LayerMatrices
+from loragen_agents.generator.memory_writer import MemoryWriter
 from loragen_agents.generator.meta_tokens import MetaTokens
 from loragen_agents.generator.router import Router, gumbel_top_k, keep_top_k, load_loss
+from loragen_agents.generator.tool_memory import ToolMemory
 from loragen_agents.language_models import LanguageModel
 from loragen_agents.lora_weights import LoRAWeights
 from loragen_agents.prompting import PromptRenderer
 from loragen_agents.registry import Tool
+from loragen_agents.sharing import shared_renderer
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class GeneratorConfig:
     router_width: width between f1 and f2 of Eq. 3 (the paper gives none).
     direct_width: width inside the feed-forward net of the direct variant (the paper gives none).
     cloud_rank, cloud_alpha, cloud_dropout: of the cloud LM's own LoRA on q and v.
+    memory_layers: how many of the edge LM's last layers hold pieces of the tool memory; 0 is the paper's generator.
+    memory_common_rank, memory_key_rank, memory_value_rank: widths of the memory's maps (see `ToolMemory`).
 
     Raises:
         ValueError: a value is out of its range.
@@ -62,6 +67,10 @@ class GeneratorConfig:
     cloud_rank: int = 16
     cloud_alpha: float = 16.0
     cloud_dropout: float = 0.05
+    memory_layers: int = 0
+    memory_common_rank: int = 64
+    memory_key_rank: int = 32
+    memory_value_rank: int = 32
 
     def __post_init__(self) -> None:
         choices = {
@@ -72,10 +81,11 @@ class GeneratorConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
-        for name in ("n_experts", "top_k", "rank", "router_width", "direct_width", "cloud_rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number from 1")
+        memory = ("memory_layers", "memory_common_rank", "memory_key_rank", "memory_value_rank")
+        for name in ("n_experts", "top_k", "rank", "router_width", "direct_width", "cloud_rank", *memory):
+            value, least = getattr(self, name), 0 if name == "memory_layers" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected a whole number from {least}")
         if self.top_k > self.n_experts and self.n_experts > 1:
             raise ValueError(f"top_k is {self.top_k}, and there are {self.n_experts} experts to choose from")
         for name in ("alpha", "cloud_alpha"):
@@ -136,22 +146,15 @@ class Generated:
         ]
 
 
-class ToolWriter(Protocol):
-    """A tool memory: writes tools into LoRA weights of their own, given the weights that they will stand beside."""
-
-    def __call__(self, tools: Sequence[Tool], beside: LoRAWeights) -> LoRAWeights: ...
-
-
 class LoRAGenerator(nn.Module):
     """Makes LoRA weights of an edge LM from a system prompt. Starts in evaluation mode, with LoRA output zero.
 
     cloud: the LM that reads; may be the edge LM itself, whose forward stays what it was. None is allowed where
         `config.uses_cloud` is False.
     edge: the LM that the weights are for. Neither LM's own weights are ever changed.
-    tool_memory: writes the tools that `generate` is given; a module among the generator's own where it is one.
 
     Raises:
-        ValueError: the config needs a cloud LM and none is given.
+        ValueError: the config needs a cloud LM and none is given, or wants more memory layers than the edge LM has.
         ModelLoadError: a model lacks the projections that the method works on.
     """
 
@@ -160,10 +163,9 @@ class LoRAGenerator(nn.Module):
         config: GeneratorConfig,
         cloud: LanguageModel | None,
         edge: LanguageModel,
-        tool_memory: ToolWriter | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.cloud, self.edge, self.tool_memory = config, cloud, edge, tool_memory
+        self.config, self.cloud, self.edge = config, cloud, edge
         self.notes: dict[str, Any] = {}
         self.shape = FFNShape.of(edge.model)
         self.meta_tokens: MetaTokens | None = None
@@ -179,7 +181,7 @@ class LoRAGenerator(nn.Module):
                 alpha=config.cloud_alpha,
                 dropout=config.cloud_dropout,
             )
-            self._renderer = PromptRenderer(cloud.tokenizer)
+            self._renderer = shared_renderer(cloud.tokenizer)
             self._head: list[int] = cloud.tokenizer("", add_special_tokens=True).input_ids
         self.producer: ExpertPool | DirectProjection
         per_layer = config.expert_scope == "per_layer"
@@ -196,6 +198,22 @@ class LoRAGenerator(nn.Module):
         self.producer.to(device)
         if self.router is not None:
             self.router.to(device)
+        self.tool_memory: MemoryWriter | None = None
+        if config.memory_layers:
+            if config.memory_layers > self.shape.layers:
+                raise ValueError(
+                    f"memory_layers is {config.memory_layers}, and the edge LM has {self.shape.layers} layers"
+                )
+            memory = ToolMemory(
+                range(self.shape.layers - config.memory_layers, self.shape.layers),
+                self.shape.hidden,
+                self.shape.intermediate,
+                config.memory_common_rank,
+                config.memory_key_rank,
+                config.memory_value_rank,
+            )
+            # What is read of a tool can be kept only where the weights beside it are the same for every registry.
+            self.tool_memory = MemoryWriter(edge, memory, keep=0 if config.uses_cloud else 128)
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
         self.eval()
 
@@ -225,9 +243,13 @@ class LoRAGenerator(nn.Module):
         if self.training:
             raise RuntimeError("the generator is in training mode; call eval() before generate()")
         weights = self._produce(self._states([system_prompt], merged=True), 1).weights[0]
-        if self.tool_memory is not None and tools:
-            weights = weights.concatenate(self.tool_memory(tools, weights))
-        return weights
+        return self.with_tools(weights, tools)
+
+    def with_tools(self, weights: LoRAWeights, tools: Sequence[Tool]) -> LoRAWeights:
+        """The experts' weights and, beside them, those of the tool memory, with gradients to its maps."""
+        if self.tool_memory is None or not tools:
+            return weights
+        return weights.concatenate(self.tool_memory(tools, weights))
 
     def encode(self, system_prompt: str) -> list[int]:
         """Token ids of a system prompt as the cloud LM reads it; control tokens in it are plain text.

@@ -30,13 +30,13 @@ class TokenizedSample:
 def tokenize_sample(renderer: PromptRenderer, episode: Episode, sample: Sample) -> TokenizedSample:
     """Tokenise prompt and target; the target as one text, the way the model is to generate it."""
     pieces = target_parts(sample, episode.registry)
-    ids, places = renderer.encode_with_offsets("".join(piece.text for piece in pieces))
+    ids, starts = renderer.encode_with_starts("".join(piece.text for piece in pieces))
     ends, end = [], 0
     for piece in pieces:
         end += len(piece.text)
         ends.append(end)
     parts, action_place = [], None
-    for index, (start, _) in enumerate(places):
+    for index, start in enumerate(starts):
         piece_index = next(n for n, end in enumerate(ends) if start < end)
         parts.append(PARTS.index(pieces[piece_index].part))
         if pieces[piece_index].part == "name" and action_place is None:

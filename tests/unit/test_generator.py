@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loragen_agents.errors import CheckpointError
-from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+from loragen_agents.generator import GeneratorConfig, LoRAGenerator, memory_writer
 from loragen_agents.generator.checkpoint import ModelIdentity, resolve
 from loragen_agents.language_models import PROJECTIONS, LanguageModel
 from loragen_agents.lora_weights import LoRAWeights, apply_lora
@@ -153,21 +153,58 @@ def test_control_tokens_in_a_prompt_are_plain_text():
     assert control.isdisjoint(made.encode("a tool <|im_end|>\n<|im_start|>system\n"))
 
 
-def test_the_tool_memory_is_added_to_the_experts():
-    seen = []
+def tool(name, description):
+    return Tool(name=name, description=description, parameters={"type": "object", "properties": {}})
 
-    def memory(tools, beside):
-        seen.append((list(tools), beside))
-        return LoRAWeights(LAYERS, len(tools), 3.0, {(2, "down_proj"): (torch.ones(1, 64), torch.ones(32, 1))})
 
-    made = generator()
+TOOLS = [tool("date", "Tells the date."), tool("weather", "Tells the weather."), tool("mail", "Sends a letter.")]
+
+
+def with_memory(experts=4):
+    torch.manual_seed(0)
+    config = replace(SMALL, n_experts=experts, memory_layers=2, memory_common_rank=4)
+    return LoRAGenerator(config, language_model("qwen", 1), language_model())
+
+
+def test_the_tool_memory_stands_beside_the_experts():
+    made = with_memory()
     plain = made.generate(PROMPTS[0])
-    made.tool_memory = memory
-    tools = [Tool(name="date", description="Tells the date.", parameters={"type": "object", "properties": {}})]
-    assert same(made.generate(PROMPTS[0]), plain) and not seen
-    both = made.generate(PROMPTS[0], tools)
-    assert seen[0][0] == tools and same(seen[0][1], plain)
-    torch.testing.assert_close(both.update(2, "down_proj"), plain.update(2, "down_proj") + 3)
+    both = made.generate(PROMPTS[0], TOOLS)
+    pieces = made.tool_memory(TOOLS, plain)
+    assert {entry for entry in pieces.tensors} == {(1, "down_proj"), (2, "down_proj")}
+    for layer in range(LAYERS):
+        extra = pieces.update(layer, "down_proj") if layer else torch.zeros(32, 64)
+        torch.testing.assert_close(both.update(layer, "down_proj"), plain.update(layer, "down_proj") + extra)
+
+
+def test_a_registry_grows_by_a_tool_without_reading_the_others_again(monkeypatch):
+    read = []
+    whole = memory_writer.read_tools
+
+    def counted(model, renderer, tools, layers):
+        read.append(len(tools))
+        return whole(model, renderer, tools, layers)
+
+    monkeypatch.setattr(memory_writer, "read_tools", counted)
+    made = with_memory(experts=1)
+    made.generate(PROMPTS[0], TOOLS[:2])
+    grown = made.generate(PROMPTS[0], TOOLS)
+    assert read == [2, 1]
+    assert same(grown, with_memory(experts=1).generate(PROMPTS[0], TOOLS))
+    made.train()
+    made.eval().generate(PROMPTS[0], TOOLS)
+    assert read[-1] == 3, "after training nothing that was read is valid any more"
+
+
+def test_a_checkpoint_carries_the_tool_memory(tmp_path):
+    made = with_memory(experts=1)
+    with torch.no_grad():
+        made.tool_memory.memory.scale.add_(1)
+        made.tool_memory.memory.common.normal_()
+    loaded = LoRAGenerator.load(made.save(tmp_path), None, made.edge)
+    with pytest.raises(ValueError, match="memory_layers is 4"):
+        LoRAGenerator(replace(SMALL, memory_layers=4), made.cloud, made.edge)
+    assert same(loaded.generate("", TOOLS), made.generate("", TOOLS))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +218,7 @@ def test_the_tool_memory_is_added_to_the_experts():
         ({"rank": 1.5}, "rank"),
         ({"alpha": 0}, "alpha"),
         ({"cloud_dropout": 1.0}, "cloud_dropout"),
+        ({"memory_layers": -1}, "memory_layers"),
     ],
 )
 def test_settings_out_of_range_are_named(setting, named):
