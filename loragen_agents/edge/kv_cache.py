@@ -1,0 +1,215 @@
+"""Keys and values of sequences that were read: a cache of rows that differ in length, and a store of read prefixes.
+
+Row b of a `KVCache` holds its tokens in the first `lengths[b]` slots; what lies behind is scrap, overwritten by the
+next write and never attended to. So rows of different lengths advance together, each by its own number of tokens,
+without padding in between. A `PrefixStore` keeps snapshots that nobody writes to: whoever continues one copies it, so
+two threads never write into the same keys.
+
+Knows shapes, not models: which layer attends to what is the caller's business.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LayerStates = tuple[Tensor, Tensor]
+
+
+class KVCache:
+    """Keys and values of `rows` sequences, per layer with shape (rows, heads, slots, head size).
+
+    lengths: number of valid slots of each row.
+
+    Layers are allocated when first written to, so that shapes need not be known before. Not safe for use by two threads
+    at once.
+    """
+
+    def __init__(self, rows: int, capacity: int = 0) -> None:
+        self.lengths = [0] * rows
+        self._capacity = capacity
+        self._layers: list[LayerStates] = []
+        self._starts: list[int] = []
+        self._width = 0
+        self._slots: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def span(self) -> int:
+        """Slots that a query of the writing under way can see: up to the furthest row's end."""
+        return max(self._starts, default=0) + self._width
+
+    @property
+    def starts(self) -> list[int]:
+        """First slot that each row is being written to."""
+        return self._starts
+
+    def begin(self, width: int) -> None:
+        """Prepare to write `width` tokens behind each row's valid slots, in every layer."""
+        self._starts = list(self.lengths)
+        self._width = width
+        self._slots = None
+        if self.span > self._capacity:
+            # Doubling keeps the copying in proportion to what is written.
+            self._capacity = max(self.span, 2 * self._capacity, 64)
+            self._layers = [(self._grown(keys), self._grown(values)) for keys, values in self._layers]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> LayerStates:
+        """Write one layer's new states; return the layer's keys and values as far as they can be seen.
+
+        keys, values: shape (rows, heads, width, head size). Returned: (rows, heads, span, head size), views.
+        """
+        if layer == len(self._layers):
+            self._layers.append((self._empty(keys), self._empty(values)))
+        all_keys, all_values = self._layers[layer]
+        start = self._starts[0]
+        if all(other == start for other in self._starts):
+            all_keys[:, :, start : start + self._width] = keys
+            all_values[:, :, start : start + self._width] = values
+        else:
+            if self._slots is None:
+                starts = torch.tensor(self._starts, device=keys.device)
+                self._slots = starts[:, None] + torch.arange(self._width, device=keys.device)
+            rows = torch.arange(self.rows, device=keys.device)[:, None]
+            # Indexed along rows and slots, the heads come last: (rows, width, heads, head size).
+            all_keys[rows, :, self._slots] = keys.transpose(1, 2)
+            all_values[rows, :, self._slots] = values.transpose(1, 2)
+        return all_keys[:, :, : self.span], all_values[:, :, : self.span]
+
+    def layer(self, layer: int) -> LayerStates:
+        """One layer's whole keys and values, scrap included, with shape (rows, heads, capacity, head size)."""
+        return self._layers[layer]
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Declare the first counts[b] slots valid of those that were written to row b."""
+        self.lengths = [start + count for start, count in zip(self._starts, counts, strict=True)]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        self.lengths = [self.lengths[row] for row in rows]
+        index: Tensor | None = None
+        for layer, (keys, values) in enumerate(self._layers):
+            if index is None:
+                index = torch.tensor(rows, device=keys.device)
+            self._layers[layer] = (keys.index_select(0, index), values.index_select(0, index))
+
+    def fill(self, states: "Sequence[Snapshot | None]", lengths: Sequence[int]) -> None:
+        """Begin row b with the first lengths[b] slots of states[b]. Only for a cache that is still empty."""
+        pattern = next((snapshot for snapshot in states if snapshot is not None), None)
+        if pattern is None:
+            return
+        self._capacity = max(self._capacity, *lengths)
+        self._layers = [(self._empty(keys), self._empty(values)) for keys, values in pattern.layers]
+        for row, (snapshot, length) in enumerate(zip(states, lengths, strict=True)):
+            if snapshot is not None and length:
+                for (keys, values), (old_keys, old_values) in zip(self._layers, snapshot.layers, strict=True):
+                    keys[row, :, :length] = old_keys[0, :, :length]
+                    values[row, :, :length] = old_values[0, :, :length]
+        self.lengths = list(lengths)
+
+    def snapshot(self, row: int, length: int | None = None) -> "Snapshot":
+        """Copy the first `length` slots of a row (default: all that are valid)."""
+        length = self.lengths[row] if length is None else length
+        return Snapshot(
+            tuple(
+                (keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone())
+                for keys, values in self._layers
+            )
+        )
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # Zeros, not scrap: what is masked out still enters products, and 0 x NaN would be NaN.
+        return like.new_zeros(self.rows, like.shape[1], self._capacity, like.shape[3])
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = self._empty(old)
+        new[:, :, : old.shape[2]] = old
+        return new
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One row's keys and values, per layer with shape (1, heads, tokens, head size); never written to."""
+
+    layers: tuple[LayerStates, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    tokens: np.ndarray
+    states: Snapshot
+    pinned: bool
+
+
+class PrefixStore:
+    """The most recently used prefixes that a model has read, and their snapshots. Safe for use by several threads.
+
+    entries, size: how many are kept, and how many bytes in all. Pinned prefixes are kept beyond that, until `clear`.
+    """
+
+    def __init__(self, entries: int = 8, size: int = 256 * 2**20) -> None:
+        self.entries = entries
+        self.size = size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, _Entry] = OrderedDict()  # oldest use first
+
+    def find(self, tokens: Sequence[int]) -> tuple[Snapshot | None, int]:
+        """The snapshot that shares the longest beginning with `tokens`, and the length of that beginning."""
+        wanted = np.asarray(tokens, dtype=np.int64)
+        best: bytes | None = None
+        longest = 0
+        with self._lock:
+            for key, entry in self._kept.items():
+                length = _common_length(entry.tokens, wanted)
+                if length > longest:
+                    best, longest = key, length
+            if best is None:
+                return None, 0
+            self._kept.move_to_end(best)
+            return self._kept[best].states, longest
+
+    def add(self, tokens: Sequence[int], states: Snapshot, *, pinned: bool = False) -> None:
+        """Keep a snapshot of `tokens`, unless a longer one is there; those that it contains go, if not pinned."""
+        new = np.asarray(tokens, dtype=np.int64)
+        key = new.tobytes()
+        with self._lock:
+            for other, entry in list(self._kept.items()):
+                common = _common_length(entry.tokens, new)
+                if common == len(new) and not pinned:
+                    self._kept.move_to_end(other)
+                    return
+                if common == len(entry.tokens) and not entry.pinned:
+                    del self._kept[other]
+            self._kept[key] = _Entry(new, states, pinned)
+            self._kept.move_to_end(key)
+            free = [other for other, entry in self._kept.items() if not entry.pinned]
+            size = sum(self._kept[other].states.size for other in free)
+            while free and (len(free) > self.entries or size > self.size):
+                oldest = free.pop(0)
+                size -= self._kept.pop(oldest).states.size
+
+    def clear(self) -> None:
+        """Forget everything, pinned prefixes too."""
+        with self._lock:
+            self._kept.clear()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._kept)
+
+
+def _common_length(one: np.ndarray, other: np.ndarray) -> int:
+    shorter = min(len(one), len(other))
+    differing = np.nonzero(one[:shorter] != other[:shorter])[0]
+    return int(differing[0]) if len(differing) else shorter
