@@ -47,12 +47,14 @@ def convert_gguf(gguf: Path, folder: Path, name: str, progress: Progress) -> Non
             config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         progress(f"Converting the weights of {name} to bf16 (once)", None)
         with _damage_named(name):
-            # With output_loading_info it gives a pair, which its annotations do not know.
+            # With output_loading_info it gives a pair, which its annotations do not know; mismatched sizes are then
+            # in the report, and refused below by name.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 config=config,
                 dtype=torch.bfloat16,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **_unpacked(),
             )

@@ -139,9 +139,15 @@ def _load(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Lang
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(stored.folder, **options)
-            # With output_loading_info it gives a pair, which its annotations do not know.
+            # With output_loading_info it gives a pair, which its annotations do not know; mismatched sizes are then
+            # in the report, and refused below by name.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                stored.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                stored.folder,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
             )
             model, report = loaded
             model.to(device)
