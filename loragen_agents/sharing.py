@@ -1,10 +1,16 @@
-"""Several module trees over the same tensors: how one loaded model serves many purposes without a second copy of it."""
+"""What is made once for a loaded model and serves many: module trees over the same tensors, a tokenizer's renderer."""
 
 import copy
+import threading
+import weakref
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loragen_agents.errors import ModelLoadError
+from loragen_agents.prompting import PromptRenderer
+
+_renderers: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, PromptRenderer]" = weakref.WeakKeyDictionary()
+_renderers_lock = threading.Lock()
 
 
 def clone_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
@@ -22,3 +28,15 @@ def clone_sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
         )
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def shared_renderer(tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+    """The renderer of the package's own prompts for a tokenizer, made once (it copies the whole vocabulary) and kept.
+
+    Raises:
+        PromptError: see `PromptRenderer`.
+    """
+    with _renderers_lock:
+        if tokenizer not in _renderers:
+            _renderers[tokenizer] = PromptRenderer(tokenizer)
+        return _renderers[tokenizer]

@@ -8,6 +8,9 @@ the weights come from, and LangChain, are not this module's business.
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
+
+from transformers import PreTrainedTokenizerFast
 
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
@@ -88,7 +91,9 @@ class SpecializedLM:
         """
         with self._lock:
             if tool_choice not in self._grammars:
-                self._grammars[tool_choice] = ToolGrammar(self.registry, self.edge.tokenizer, tool_choice)
+                # The renderer has refused tokenizers of any other kind.
+                tokenizer = cast(PreTrainedTokenizerFast, self.edge.tokenizer)
+                self._grammars[tool_choice] = ToolGrammar(self.registry, tokenizer, tool_choice)
             return self._grammars[tool_choice]
 
     @staticmethod
