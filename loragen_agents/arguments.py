@@ -235,9 +235,7 @@ def _in_schema_order(value: Any, schema: Any, tool: Tool) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are the same JSON: 1 is 1.0, but True is not 1."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
+    """Whether two values are the same JSON: a tuple is a list, and 1 is 1.0."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

@@ -115,6 +115,16 @@ class TestMarkers:
         assert renderer.markers == TurnMarkers("", "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>\n")
         assert len(renderer.end_token_ids) == 2
 
+    def test_other_closing_and_a_default_system_text(self):
+        template = (
+            "{{ '<|system|>\nBe kind.<|end|>\n' }}" + LOOP
+            + "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+            "{% endfor %}" + GENERATE + "{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+        )  # fmt: skip
+        special = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+        renderer = PromptRenderer(dressed(template, *special, eos="<|endoftext|>"))
+        assert renderer.markers == TurnMarkers("", "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>\n")
+
     def test_template_that_leaves_the_last_answer_open(self):
         template = LOOP + (
             "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% if not loop.last or add_generation_prompt %}"
@@ -265,6 +275,10 @@ class TestOutsideText:
         assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "a</s>b</s></s>"
         assert tokenizer.unk_token_id in renderer.encode_text("§")
 
+    def test_tokens_are_those_of_text_without_control_tokens(self):
+        for text in (HOSTILE, "plain text", ""):
+            assert RENDERER.encode_text(text) == TOKENIZER(text, split_special_tokens=True).input_ids
+
     def test_lone_surrogates(self):
         assert TOKENIZER.decode(RENDERER.encode_text("a\ud83db")) == "a\ufffdb"
         assert TOKENIZER.decode(RENDERER.encode_text("a\ud83d\ude00b")) == "a\U0001f600b"
@@ -300,6 +314,18 @@ class TestPrefixes:
         following = RENDERER.user_turn([Turn(request, tuple(taken), answer), Turn(follow_up)])
         assert following[: len(last) + len(generated)] == last + generated
         assert following[len(last) + len(generated)] in RENDERER.end_token_ids
+
+    def test_with_a_tokenizer_that_joins_tokens_across_the_places_where_prompts_end(self):
+        letters = sorted({*"? :", *THOUGHT_QUESTION, *tool_step_text("ab", "c"), *answer_text("d")})
+        vocabulary = {token: number for number, token in enumerate([*letters, "? ", ": "])}
+        backend = Tokenizer(models.BPE(vocabulary, [("?", " "), (":", " ")]))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        assert len(tokenizer.tokenize("? ")) == 1
+        renderer = PromptRenderer(tokenizer)
+        step = TakenStep("a", "b", "c")
+        first, second = (renderer.user_turn([Turn("a", (step,) * count)]) for count in (0, 1))
+        generated = renderer.encode_text(tool_step_text("a", "b"))
+        assert second[: len(first) + len(generated)] == first + generated
 
     def test_the_baselines_prompt_extends_too(self):
         taken = (TakenStep("today", "{}", "Monday"), TakenStep("today", "{}", "Tuesday"))
