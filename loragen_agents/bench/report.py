@@ -97,10 +97,10 @@ def cost_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
 
 def render(results: Mapping[str, Any]) -> RenderableType:
     """All tables of a run for the terminal."""
-    parts: list[RenderableType] = [_rich(visible(results["task"]["title"]), *quality_table(results))]
+    parts: list[RenderableType] = [text_table(visible(results["task"]["title"]), *quality_table(results))]
     if by_source := group_table(results, "source"):
-        parts.append(_rich("By source, %", *by_source))
-    parts.append(_rich("Cost", *cost_table(results)))
+        parts.append(text_table("By source, %", *by_source))
+    parts.append(text_table("Cost", *cost_table(results)))
     parts += [Text(visible(line)) for line in missing_lines(results)]
     return Group(*parts)
 
@@ -160,7 +160,8 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
     return [report, *([drawn] if drawn else [])]
 
 
-def _rich(title: str, headings: Sequence[str], cells: Cells) -> Table:
+def text_table(title: str, headings: Sequence[str], cells: Cells) -> Table:
+    """A table for the terminal; what stands in the cells is shown as it is, control characters as escapes."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")

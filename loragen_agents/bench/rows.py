@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from loragen_agents.errors import DataError
@@ -126,10 +125,6 @@ class Weights:
 
     location: str
     command: str | None = None
-
-    @property
-    def present(self) -> bool:
-        return self.location == "default" or Path(self.location).is_dir()
 
 
 def _options() -> str:

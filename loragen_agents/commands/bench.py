@@ -115,12 +115,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _gpt4tools(arguments: argparse.Namespace) -> int:
+    from loragen_agents.bench.gpt4tools_mini import Part
     from loragen_agents.bench.gpt4tools_task import file_task, mini_task
 
     if arguments.data:
         task = file_task(arguments.data, tools=arguments.registry, limit=arguments.limit)
     else:
-        parts = ("seen", "unseen") if arguments.part == "both" else (arguments.part,)
+        parts: tuple[Part, ...] = ("seen", "unseen") if arguments.part == "both" else (arguments.part,)
         task = mini_task(parts, tools=arguments.registry, limit=arguments.limit)
     return _run(arguments, _engine(arguments, "gpt4tools"), task)
 
@@ -150,7 +151,7 @@ def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> 
     from loragen_agents.bench import plots, report
     from loragen_agents.bench.launch import launch
     from loragen_agents.bench.rows import DEFAULT_ROWS, rows_from_names
-    from loragen_agents.console import print_json, results, say
+    from loragen_agents.console import print_json, say
 
     rows = rows_from_names(arguments.rows.split(",") if arguments.rows else DEFAULT_ROWS)
     document = launch(
@@ -164,7 +165,7 @@ def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> 
     if arguments.json:
         print_json(document)
     else:
-        results.print(report.render(document))
+        _show(report.render(document))
         if not document["complete"]:
             where = f" `--out {arguments.out} --resume` goes on." if arguments.out else ""
             say(f"Stopped early; the figures are over what was scored.{where}")
@@ -179,10 +180,10 @@ def _latency(arguments: argparse.Namespace) -> int:
     import json
 
     from loragen_agents.bench import latency, plots
-    from loragen_agents.bench.report import markdown_table
+    from loragen_agents.bench.report import markdown_table, text_table
     from loragen_agents.bench.results import library_versions, machine
     from loragen_agents.bench.rows import rows_from_names
-    from loragen_agents.console import print_json, say, show_table
+    from loragen_agents.console import print_json, say
     from loragen_agents.content import content_folder
     from loragen_agents.files import replacing
     from loragen_agents.progress import shown, silent
@@ -233,7 +234,7 @@ def _latency(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(document)
         return 0
-    show_table(*table)
+    _show(text_table("Latency against the number of tools", *table))
     if arguments.out and (hint := plots.hint()):
         say(hint)
     return 0
@@ -243,15 +244,16 @@ def _compare(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from loragen_agents.bench.compare import compare, comparison_table
+    from loragen_agents.bench.report import text_table
     from loragen_agents.bench.results import read_results
-    from loragen_agents.console import print_json, say, show_table
+    from loragen_agents.console import print_json, say
 
     comparisons = compare(arguments.a, arguments.b, row_a=arguments.row_a, row_b=arguments.row_b)
     if arguments.json:
         print_json([asdict(comparison) for comparison in comparisons])
         return 0
     say(f"A {arguments.a}, B {arguments.b}; rates in percent, differences in points, paired bootstrap")
-    show_table(*comparison_table(comparisons, read_results(arguments.a)["task"]["metrics"]))
+    _show(text_table("", *comparison_table(comparisons, read_results(arguments.a)["task"]["metrics"])))
     return 0
 
 
@@ -267,6 +269,13 @@ def _mini(arguments: argparse.Namespace) -> int:
     for path, count in written.values():
         say(f"{path}: {count} samples")
     return 0
+
+
+def _show(tables: Any) -> None:
+    from loragen_agents.console import results
+
+    # Into a pipe or a file the tables go as wide as they are.
+    results.print(tables, width=None if results.is_terminal else 250, crop=False)
 
 
 def _engine(arguments: argparse.Namespace, task: str) -> "ModelEngine":

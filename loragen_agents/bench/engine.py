@@ -1,0 +1,216 @@
+"""Runs rows on real models: loads what a row needs, gets it ready for a registry, and times each turn.
+
+All rows share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none profits
+from the one before; a `+cached` row keeps its definitions, and nothing else, in it. Knows nothing of samples and
+scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loragen_agents.bench.costs import PeakMemory, TurnCost, kv_cache_bytes, model_bytes
+from loragen_agents.bench.recipes import weights_of_task
+from loragen_agents.bench.rows import Row
+from loragen_agents.bench.runner import Written
+from loragen_agents.edge.kv_cache import PrefixStore
+from loragen_agents.edge.sampling import Sampling
+from loragen_agents.edge.specialized import SpecializedLM
+from loragen_agents.fingerprints import file_sha256
+from loragen_agents.generator import LoRAGenerator
+from loragen_agents.generator.checkpoint import resolve
+from loragen_agents.language_models import LanguageModel, load_language_model
+from loragen_agents.lora_weights import LoRAWeights
+from loragen_agents.prompting import Turn
+from loragen_agents.react import OBSERVATION_STOP
+from loragen_agents.registry import ToolRegistry
+from loragen_agents.specialization import specialize
+
+
+class ModelSession:
+    """A row that is ready for one registry.
+
+    setup_seconds: what getting ready took: specialising (generator rows) or reading the prefix (cached rows).
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        model: SpecializedLM,
+        registry: ToolRegistry,
+        system_text: str,
+        sampling: Sampling,
+        setup_seconds: float | None,
+    ) -> None:
+        self.row, self.model, self.registry, self.system_text = row, model, registry, system_text
+        self.setup_seconds = setup_seconds
+        # The grammar ends a call by itself; free text is cut before the model invents the tool's report.
+        self._sampling = sampling if row.grammar else replace(sampling, stop=(OBSERVATION_STOP,))
+        self._grammar = model.grammar() if row.grammar else None
+        self._memory = PeakMemory(model.edge.device)
+        # Room for pinned prefixes only: what a turn read is gone before the next one.
+        model.decoder.prefixes = PrefixStore(entries=0)
+        if row.cached:
+            started = time.perf_counter()
+            model.decoder.read(self._prefix(), pin=True)
+            self.setup_seconds = time.perf_counter() - started
+
+    def write(self, turns: Sequence[Turn]) -> Written:
+        renderer = self.model.renderer
+        if self.row.definitions:
+            prompt = renderer.full_react(self.registry, turns, self.system_text)
+            text = renderer.full_react_text(self.registry, turns, self.system_text)
+        else:
+            prompt, text = renderer.user_turn(turns), renderer.user_turn_text(turns)
+        with self._memory.measure():
+            (completion,) = self.model.decoder.generate([prompt], self._sampling, self._grammar)
+        cost = TurnCost(
+            completion.prompt_tokens,
+            completion.cached_tokens,
+            len(completion.token_ids),
+            completion.first_token_seconds,
+            completion.seconds,
+            self._memory.bytes,
+        )
+        return Written(text, completion.text, completion.finish_reason, cost)
+
+    def _prefix(self) -> list[int]:
+        """What all prompts of this registry begin with."""
+        one, other = (
+            self.model.renderer.full_react(self.registry, turns, self.system_text)
+            for turns in ([Turn("1")], [Turn("2", (), "3"), Turn("4")])
+        )
+        length = next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+        return one[:length]
+
+
+class ModelEngine:
+    """Rows on one edge LM.
+
+    Args:
+        task: whose default weights the rows take (see `recipes`).
+        edge, cloud: names of language models; cloud None: the edge LM itself.
+        weights: `BASE=FOLDER` texts in place of the defaults.
+        max_tokens: bound on the text of one step.
+
+    Raises:
+        ModelLoadError: a model can't be loaded. DataError: `weights` can't be read.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        edge: str,
+        cloud: str | None = None,
+        weights: Sequence[str] = (),
+        device: str = "auto",
+        dtype: str = "auto",
+        max_tokens: int = 96,
+    ) -> None:
+        self.edge = load_language_model(edge, device=device, dtype=dtype)
+        self._cloud_name = cloud
+        self._device, self._dtype = device, dtype
+        self._weights = weights_of_task(task, weights)
+        self._sampling = Sampling(max_tokens=max_tokens)
+        self._cloud: LanguageModel | None = None
+        self._generators: dict[str, LoRAGenerator] = {}
+        self._adapters: dict[str, LoRAWeights] = {}
+        self._sessions: dict[str, ModelSession] = {}
+
+    def open(self, row: Row, registry: ToolRegistry, system_text: str) -> ModelSession:
+        """The row's session for this registry: the last one where it fits, else a new one in its place."""
+        session = self._sessions.get(row.name)
+        if session and session.registry.fingerprint == registry.fingerprint and session.system_text == system_text:
+            return session
+        self._sessions.pop(row.name, None)
+        seconds = None
+        if row.base.source == "generator":
+            specialization = specialize(
+                registry,
+                system_text,
+                edge=self.edge,
+                cloud=self._cloud_model(),
+                generator=self._generator(row),
+                cache=False,
+            )
+            model, seconds = specialization.model, specialization.seconds
+        else:
+            adapter = self._adapter(row) if row.base.source == "peft" else None
+            model = SpecializedLM(self.edge, adapter, registry)
+        self._sessions[row.name] = ModelSession(row, model, registry, system_text, self._sampling, seconds)
+        return self._sessions[row.name]
+
+    def missing(self, rows: Sequence[Row]) -> dict[str, str]:
+        missing = {}
+        for row in rows:
+            if row.base.source == "none":
+                continue
+            weights = self._weights.get(row.base_name)
+            if weights is None:
+                missing[row.name] = f"give their folder with --weights {row.base_name}=FOLDER"
+            elif not resolve(weights.location).is_dir():
+                missing[row.name] = f"`{weights.command}` makes them" if weights.command else "no checkpoint is shipped"
+        return missing
+
+    def describe(self, rows: Sequence[Row]) -> dict[str, Any]:
+        cloud = self._cloud_model() if any(row.base.source == "generator" for row in rows) else None
+        return {
+            "models": {
+                "edge": {"name": self.edge.name, "fingerprint": self.edge.fingerprint},
+                "cloud": {"name": cloud.name, "fingerprint": cloud.fingerprint} if cloud else None,
+            },
+            "weights": {row.base_name: self._describe_weights(row) for row in rows if row.base.source != "none"},
+            "device": str(self.edge.device),
+            "dtype": str(self.edge.dtype).removeprefix("torch."),
+            "max_tokens": self._sampling.max_tokens,
+            "rows_run": [row.name for row in rows],
+        }
+
+    def shape(self, row: Row) -> tuple[int, int]:
+        session = self._sessions.get(row.name)
+        model = session.model.model if session else self.edge.model
+        return model_bytes(model), kv_cache_bytes(self.edge.model.config, 1, self.edge.dtype)
+
+    def output_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(self.edge.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+    def first_token(self, name: str) -> int:
+        """The first token of a tool's name where it stands in a step; two names that share it begin alike."""
+        return int(self.edge.tokenizer(f" {name}", add_special_tokens=False).input_ids[0])
+
+    def _cloud_model(self) -> LanguageModel:
+        if self._cloud is None:
+            self._cloud = (
+                load_language_model(self._cloud_name, device=self._device, dtype=self._dtype)
+                if self._cloud_name
+                else self.edge
+            )
+        return self._cloud
+
+    def _generator(self, row: Row) -> LoRAGenerator:
+        location = self._weights[row.base_name].location
+        if location not in self._generators:
+            generator = LoRAGenerator.load(location, self._cloud_model(), self.edge)
+            self._generators[location] = generator.eval()
+        return self._generators[location]
+
+    def _adapter(self, row: Row) -> LoRAWeights:
+        location = self._weights[row.base_name].location
+        if location not in self._adapters:
+            self._adapters[location] = LoRAWeights.load_peft(location)
+        return self._adapters[location]
+
+    def _describe_weights(self, row: Row) -> dict[str, Any]:
+        weights = self._weights[row.base_name]
+        if row.base.source == "generator":
+            generator = self._generator(row)
+            return {"location": weights.location, "fingerprint": generator.fingerprint, "notes": generator.notes}
+        files = sorted(Path(weights.location).glob("adapter_model*.safetensors"))
+        digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode())
+        return {"location": weights.location, "fingerprint": digest.hexdigest()}

@@ -1,0 +1,173 @@
+"""Rows on tiny random models: what stands in the prompts, the cached prefix, the grammar, and the whole command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loragen_agents.bench.engine import ModelEngine
+from loragen_agents.bench.gpt4tools_task import mini_registry, mini_task
+from loragen_agents.bench.launch import launch
+from loragen_agents.bench.recipes import weights_of_task
+from loragen_agents.bench.results import RunFolder
+from loragen_agents.bench.rows import row_from_name, rows_from_names
+from loragen_agents.bench.runner import run_rows
+from loragen_agents.cli import main
+from loragen_agents.errors import DataError
+from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+from loragen_agents.language_models import gated_ffn_layers, load_language_model
+from loragen_agents.lora_weights import LoRAWeights
+from loragen_agents.prompting import Turn
+from loragen_agents.react import InvalidStep, parse_step
+from tests.tiny_models import save_tiny_model
+
+ROWS = "definitions,definitions+cached,definitions+grammar,bare,lora,lora-gen,lora-gen+grammar,lora-gen-trained"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny edge model, a generator and a LoRA adapter for it."""
+    root = tmp_path_factory.mktemp("models")
+    edge_folder = save_tiny_model(root / "edge")
+    # Definitions take many tokens where nearly every byte is one.
+    config = json.loads((edge_folder / "config.json").read_text(encoding="utf-8"))
+    (edge_folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}), encoding="utf-8")
+    edge = load_language_model(edge_folder, device="cpu", dtype="float32")
+    torch.manual_seed(0)
+    generator = LoRAGenerator(GeneratorConfig(n_experts=2, top_k=1, rank=2), edge, edge).eval()
+    with torch.no_grad():
+        for name, tensor in generator.own_tensors().items():
+            if tensor.is_floating_point() and tensor.dim() > 1:
+                tensor.normal_(std=0.5) if "lora" not in name else None
+    generator.save(root / "generator")
+    layers = gated_ffn_layers(edge.model)
+    tensors = {(layer, "up_proj"): (torch.randn(2, 32), torch.randn(64, 2)) for layer in range(len(layers))}
+    LoRAWeights(len(layers), 2, 2.0, tensors).save_peft(root / "lora", "edge", [path for path, _ in layers])
+    return {name: root / name for name in ("edge", "generator", "lora")}
+
+
+@pytest.fixture(scope="module")
+def engine(folders: dict[str, Path]) -> ModelEngine:
+    weights = [f"lora-gen={folders['generator']}", f"lora={folders['lora']}"]
+    return ModelEngine(
+        "gpt4tools", edge=str(folders["edge"]), weights=weights, device="cpu", dtype="float32", max_tokens=12
+    )
+
+
+TURNS = [Turn("Who is this?")]
+
+
+def test_prompts_with_and_without_definitions(engine: ModelEngine) -> None:
+    registry = mini_registry("unseen")
+    full = engine.open(row_from_name("definitions"), registry, "").write(TURNS)
+    short = engine.open(row_from_name("lora-gen"), registry, "").write(TURNS)
+    assert "Recognize Face: " in full.prompt and "Recognize Face" not in short.prompt
+    assert full.cost.prompt_tokens > 10 * short.cost.prompt_tokens
+    assert full.cost.cached_tokens == short.cost.cached_tokens == 0
+    assert 0 < full.cost.first_token_seconds <= full.cost.seconds
+
+
+def test_cached_prefix_changes_the_cost_and_not_the_text(engine: ModelEngine) -> None:
+    registry = mini_registry("unseen")
+    plain = engine.open(row_from_name("definitions"), registry, "")
+    cached = engine.open(row_from_name("definitions+cached"), registry, "")
+    assert plain.setup_seconds is None and cached.setup_seconds is not None
+    for turns in (TURNS, [Turn("A photo.", (), "Received."), Turn("Which words stand there?")]):
+        one, two = plain.write(turns), cached.write(turns)
+        assert one.text == two.text
+        assert one.cost.cached_tokens == 0
+        # All of the definitions, and nothing that an earlier turn read, comes from the cache.
+        assert two.cost.prompt_tokens - two.cost.cached_tokens < 200 < two.cost.cached_tokens
+
+
+def test_sessions_are_kept_for_a_registry_and_made_anew_for_another(engine: ModelEngine) -> None:
+    row = row_from_name("lora-gen")
+    first = engine.open(row, mini_registry("unseen"), "")
+    assert engine.open(row, mini_registry("unseen"), "") is first
+    assert engine.open(row, mini_registry("unseen").without("Detection"), "") is not first
+    assert first.setup_seconds is not None and first.setup_seconds > 0
+
+
+def test_weights_of_a_row_are_the_ones_that_run(engine: ModelEngine) -> None:
+    registry = mini_registry("unseen")
+    texts = {name: engine.open(row_from_name(name), registry, "").write(TURNS).text for name in ("bare", "lora")}
+    assert texts["bare"] != texts["lora"]
+
+
+def test_grammar_rows_write_steps(engine: ModelEngine) -> None:
+    registry = mini_registry("unseen")
+    session = engine.open(row_from_name("lora-gen+grammar"), registry, "")
+    written = session.write(TURNS)
+    step = parse_step(written.text, registry, cut_off=written.finish == "length")
+    assert written.text.startswith((" Yes\nAction: ", " No\nAI: "))
+    assert not isinstance(step, InvalidStep) or written.finish == "length"
+
+
+def test_rows_without_weights_name_their_command(engine: ModelEngine) -> None:
+    missing = engine.missing(rows_from_names(ROWS.split(",")))
+    assert list(missing) == ["lora-gen-trained"] and "loragen-agents train" in missing["lora-gen-trained"]
+    with pytest.raises(DataError, match="No row can run"):
+        launch(mini_task(limit=1), [row_from_name("lora-gen-trained")], engine, out=None, resume=False, command="")
+
+
+def test_given_weights_are_checked(tmp_path: Path) -> None:
+    for text, message in (("bare=x", "expected ROW=FOLDER"), ("lora", "expected ROW"), ("lora=nowhere", "no folder")):
+        with pytest.raises(DataError, match=message):
+            weights_of_task("gpt4tools", [text])
+    assert weights_of_task("calls", [f"lora={tmp_path}"])["lora"].location == str(tmp_path)
+
+
+def test_same_engine_same_scores(engine: ModelEngine) -> None:
+    task, rows = mini_task(limit=4), rows_from_names(["definitions", "lora-gen+grammar"])
+    folders = [RunFolder(None, {}), RunFolder(None, {})]
+    for folder in folders:
+        run_rows(task, rows, engine, folder, lambda record: None)
+    one, two = ([(r["row"], r["generated"], r["scores"]) for r in folder.records] for folder in folders)
+    assert one == two
+
+
+def test_the_command_from_end_to_end(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--edge", str(folders["edge"]), "--device", "cpu", "--dtype", "float32", "--max-tokens", "8"]
+    common += [
+        "--weights",
+        f"lora-gen={folders['generator']}",
+        "--rows",
+        "definitions,definitions+cached,lora-gen,lora",
+    ]
+    out = tmp_path / "run"
+    assert main(["bench", "gpt4tools", "--limit", "3", "--out", str(out), "--json", *common]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    saved = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert printed == saved
+    assert list(saved["rows"]) == ["definitions", "definitions+cached", "lora-gen"] and "lora" in saved["missing_rows"]
+    assert saved["rows"]["lora-gen"]["cost"]["compression"] > 5
+    assert saved["rows"]["lora-gen"]["cost"]["break_even_turns"] is not None
+    assert saved["weights"]["lora-gen"]["fingerprint"] and saved["models"]["edge"]["fingerprint"]
+    assert len((out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 9
+    # A second run into the same folder is refused, resuming a finished one changes nothing.
+    assert main(["bench", "gpt4tools", "--limit", "3", "--out", str(out), *common]) == 1
+    assert main(["bench", "gpt4tools", "--limit", "3", "--out", str(out), "--resume", "--json", *common]) == 0
+    again = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert again["rows"] == saved["rows"]
+    capsys.readouterr()
+    assert (
+        main(["bench", "compare", str(out), str(out), "--row-a", "definitions", "--row-b", "lora-gen", "--json"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)[0]["samples"] == 3
+
+
+def test_latency_command(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "latency", "--counts", "1", "4", "--repeats", "1", "--turn-tokens", "4", "--json"]
+    command += ["--edge", str(folders["edge"]), "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main([*command, "--weights", f"lora-gen={folders['generator']}"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [(point["row"], point["tools"]) for point in points[:3]] == [
+        ("lora-gen", 1), ("definitions", 1), ("definitions+cached", 1)
+    ]  # fmt: skip
+    assert points[0]["prompt_tokens"] == points[3]["prompt_tokens"]  # the user turn does not grow with the registry
+    assert points[4]["prompt_tokens"] > points[1]["prompt_tokens"]
+    assert (tmp_path / "latency.md").exists()
