@@ -276,8 +276,12 @@ class TestOutsideText:
         assert tokenizer.unk_token_id in renderer.encode_text("§")
 
     def test_tokens_are_those_of_text_without_control_tokens(self):
-        for text in (HOSTILE, "plain text", ""):
-            assert RENDERER.encode_text(text) == TOKENIZER(text, split_special_tokens=True).input_ids
+        backend = Tokenizer(models.BPE({"<s>": 0, "<": 1, "s": 2, ">": 3, "<s": 4}, [("<", "s")]))
+        backend.add_special_tokens(["<s>"])
+        for tokenizer in (TOKENIZER, PreTrainedTokenizerFast(tokenizer_object=backend)):
+            for text in (HOSTILE, "<s>", "plain text", ""):
+                plain = tokenizer(text, split_special_tokens=True).input_ids
+                assert PromptRenderer(tokenizer).encode_text(text) == plain
 
     def test_lone_surrogates(self):
         assert TOKENIZER.decode(RENDERER.encode_text("a\ud83db")) == "a\ufffdb"
