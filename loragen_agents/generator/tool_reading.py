@@ -3,14 +3,15 @@
 Knows prompts and the edge LM; what keys and values become of the states is `tool_memory`'s part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loragen_agents.generator.tool_memory import ToolReading
-from loragen_agents.lora_weights import gated_ffn_layers
+from loragen_agents.language_models import gated_ffn_layers
 from loragen_agents.prompting import PromptRenderer, Turn
 from loragen_agents.registry import Tool
 
@@ -80,30 +81,38 @@ def capture_down_proj_inputs(model: PreTrainedModel, layers: Sequence[int], inpu
 
     Layers behind the last one wanted are not run.
     """
+    with torch.no_grad(), down_proj_inputs(model, layers, and_stop=True) as found:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    return torch.stack([found[layer] for layer in layers])
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@contextmanager
+def down_proj_inputs(
+    model: PreTrainedModel, layers: Sequence[int], *, and_stop: bool = False
+) -> Iterator[dict[int, Tensor]]:
+    """Collect the inputs of `down_proj` in `layers` while the model runs, with gradients where there are any.
+
+    and_stop: end the forward pass at the last of the layers, and with it the block of the `with` statement.
+    """
     found: dict[int, Tensor] = {}
     modules = [module for _, module in gated_ffn_layers(model)]
 
-    class _Enough(Exception):
-        pass
-
-    def keep(layer: int, last: bool) -> object:
+    def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[layer] = inputs[0].detach()
-            if last:
+            found[layer] = inputs[0]
+            if and_stop and layer == max(layers):
                 raise _Enough
 
         return hook
 
-    handles = [
-        modules[layer].get_submodule("down_proj").register_forward_pre_hook(keep(layer, layer == max(layers)))  # type: ignore[arg-type]
-        for layer in layers
-    ]
+    handles = [modules[layer].get_submodule("down_proj").register_forward_pre_hook(keep(layer)) for layer in layers]
     try:
-        with torch.no_grad():
-            model.base_model(input_ids=input_ids, use_cache=False)
-    except _Enough:
-        pass
+        with suppress(_Enough):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack([found[layer] for layer in layers])

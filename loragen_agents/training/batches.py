@@ -13,8 +13,13 @@ PARTS: tuple[Part, ...] = ("decision", "format", "name", "arguments", "answer")
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """input_ids: prompt and target; parts: index into `PARTS` of each target token; choice: index of the gold tool in
-    the registry, or None where the gold is an answer; action_place: index in `input_ids` of the last token of `Action:`."""
+    """A sample as token ids.
+
+    input_ids: prompt and target.
+    parts: index into `PARTS` of each target token.
+    choice: index of the gold tool in the registry, None where the gold is an answer.
+    action_place: index in `input_ids` of the last token of `Action:`, None where the gold is an answer.
+    """
 
     input_ids: list[int]
     parts: list[int]
@@ -27,7 +32,9 @@ class TokenizedSample:
         return len(self.input_ids) - len(self.parts)
 
 
-def tokenize_sample(renderer: PromptRenderer, episode: Episode, sample: Sample) -> TokenizedSample:
+def tokenize_sample(
+    renderer: PromptRenderer, episode: Episode, sample: Sample, definitions_in_prompt: bool = False
+) -> TokenizedSample:
     """Tokenise prompt and target; the target as one text, the way the model is to generate it."""
     pieces = target_parts(sample, episode.registry)
     ids, starts = renderer.encode_with_starts("".join(piece.text for piece in pieces))
@@ -41,7 +48,10 @@ def tokenize_sample(renderer: PromptRenderer, episode: Episode, sample: Sample) 
         parts.append(PARTS.index(pieces[piece_index].part))
         if pieces[piece_index].part == "name" and action_place is None:
             action_place = index - 1
-    prompt = renderer.user_turn(list(sample.turns))
+    if definitions_in_prompt:
+        prompt = renderer.full_react(episode.registry, sample.turns)
+    else:
+        prompt = renderer.user_turn(sample.turns)
     if isinstance(sample.gold, str):
         ids.append(renderer.end_token_ids[0])
         parts.append(PARTS.index("answer"))

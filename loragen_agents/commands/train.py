@@ -1,0 +1,37 @@
+"""`loragen-agents train`: run a training recipe."""
+
+import argparse
+from pathlib import Path
+
+NAME = "train"
+HELP = "train a generator, or a baseline, as a recipe says"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe file, or the name of one of the package's own (training/*.yaml)")
+    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="data folders, in place of the recipe's")
+    parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--steps", type=int, help="in place of the recipe's number of steps")
+    parser.add_argument("--start-from", metavar="GENERATOR", help="a generator whose weights to begin with")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from loragen_agents.console import print_json, say
+    from loragen_agents.progress import shown, silent
+    from loragen_agents.training.recipe import Recipe, recipe_file
+    from loragen_agents.training.trainer import train
+
+    changes = {"steps": arguments.steps, "start_from": arguments.start_from}
+    if arguments.data:
+        changes["data"] = tuple(arguments.data)
+    recipe = Recipe.load(arguments.recipe)
+    recipe = Recipe(**{**recipe.model_dump(), **{name: value for name, value in changes.items() if value is not None}})
+    folder = Path(arguments.out or Path("runs") / recipe_file(arguments.recipe).stem)
+    with shown(silent if arguments.json else None) as progress:
+        weights = train(recipe, folder, resume=arguments.resume, progress=progress)
+    if arguments.json:
+        print_json({"weights": str(weights), "run": str(folder)})
+    else:
+        say(f"The best generator of this run is in {weights}")
+    return 0

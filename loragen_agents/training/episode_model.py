@@ -1,0 +1,207 @@
+"""The generator as it is trained: episodes in, one loss and the rates behind it out.
+
+A registry is turned into LoRA weights once and serves all of its episode's requests; gradients go through the frozen
+edge LM into what made the weights. Most target tokens copy arguments, so the parts of a step (decision, name,
+arguments, answer) are averaged and weighted apart. Knows models and losses; where episodes come from it does not know.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loragen_agents.generator import LoRAGenerator
+from loragen_agents.generator.tool_reading import capture_down_proj_inputs, down_proj_inputs, pad_right
+from loragen_agents.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.prompting import PromptRenderer
+from loragen_agents.registry import ToolRegistry
+from loragen_agents.training.batches import PARTS, TokenizedSample, tokenize_sample
+from loragen_agents.training.episodes import Episode
+
+PromptKind = Literal["user_turn", "full_react"]
+
+# Below this many tokens a part's mean is too noisy to weigh as much as that of a full episode.
+_FULL_WEIGHT_TOKENS = 20
+_DEFAULT_WEIGHTS = {"decision": 0.5, "format": 0.2, "name": 1.0, "arguments": 1.0, "answer": 0.15}
+
+
+@dataclass(frozen=True)
+class TokenizedEpisode:
+    """A registry and its requests as token ids; plain data, so that worker processes can make it."""
+
+    registry: ToolRegistry
+    samples: tuple[TokenizedSample, ...]
+
+
+def tokenize_episode(
+    renderer: PromptRenderer, episode: Episode, prompt: PromptKind = "user_turn", max_tokens: int = 2048
+) -> TokenizedEpisode:
+    """Tokenise an episode; samples longer than `max_tokens` are left out.
+
+    prompt: "user_turn" is what the specialised model sees, "full_react" the baselines' prompt with definitions.
+    """
+    samples = (tokenize_sample(renderer, episode, sample, prompt == "full_react") for sample in episode.samples)
+    return TokenizedEpisode(episode.registry, tuple(s for s in samples if len(s.input_ids) <= max_tokens))
+
+
+class Rates:
+    """Sums and counts by name, to be averaged over any number of episodes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count each of `values` in the mean of `name`."""
+        self.sums[name] = self.sums.get(name, 0.0) + values.detach().float().sum().item()
+        self.counts[name] = self.counts.get(name, 0.0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        """The mean of every name that was counted."""
+        return {name: self.sums[name] / count for name, count in self.counts.items() if count}
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.sums.clear()
+        self.counts.clear()
+
+
+class EpisodeModel(nn.Module):
+    """Loss of a generator on episodes: L_LM by parts, plus Eq. 9, plus the memory's match (paper Eq. 10).
+
+    generator: what is trained; its language models stay frozen.
+    weights: of the parts of a step.
+    match_weight: of the cross entropy of the memory's match over the registry's tools.
+    first_layer: LoRA weights of layers below are left out, which saves the way back through them.
+    batch_tokens: rows of similar length are run together up to this many tokens with padding.
+    """
+
+    def __init__(
+        self,
+        generator: LoRAGenerator,
+        renderer: PromptRenderer,
+        *,
+        weights: Mapping[str, float] | None = None,
+        match_weight: float = 0.5,
+        first_layer: int = 0,
+        batch_tokens: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.generator = generator
+        self.weights = {**_DEFAULT_WEIGHTS, **(weights or {})}
+        self.match_weight, self.first_layer, self.batch_tokens = match_weight, first_layer, batch_tokens
+        # In tuples, so that neither is taken for a submodule of this one.
+        self._edge, self._renderer = (generator.edge.model,), (renderer,)
+        self.rates = Rates()
+
+    def forward(self, episodes: Sequence[TokenizedEpisode]) -> Tensor:
+        """Mean loss of the episodes; the rates of all samples are counted in `rates`."""
+        kept = [episode for episode in episodes if episode.samples]
+        if not kept:
+            return torch.stack([p.sum() for p in self.generator.parameters() if p.requires_grad]).sum() * 0
+        made = self.generator([self._renderer[0].definitions(episode.registry) for episode in kept])
+        losses = [self._episode(episode, self._trained(w)) for episode, w in zip(kept, made.weights, strict=True)]
+        return torch.stack(losses).mean() + made.load_loss
+
+    @torch.no_grad()
+    def set_background(self, episodes: Sequence[TokenizedEpisode]) -> None:
+        """Set the tool memory's background from data, before the first step; nothing without a tool memory."""
+        writer = self.generator.tool_memory
+        if writer is None:
+            return
+        activations, readings = [], []
+        for episode in episodes:
+            beside = self._trained(self.generator.generate(self._renderer[0].definitions(episode.registry)))
+            readings += writer.read(tuple(episode.registry)[:8], beside)
+            for chunk in self._chunks(episode.samples):
+                ids = pad_right([sample.input_ids for sample in chunk], self._edge[0].device)
+                kept = torch.zeros_like(ids, dtype=torch.bool)
+                for row, sample in enumerate(chunk):
+                    kept[row, 1 : len(sample.input_ids)] = True
+                activations.append(capture_down_proj_inputs(self._edge[0], writer.memory.layers, ids)[:, kept])
+        writer.memory.set_background(readings, torch.cat(activations, dim=1))
+
+    def _trained(self, weights: LoRAWeights) -> LoRAWeights:
+        tensors = {entry: pair for entry, pair in weights.tensors.items() if entry[0] >= self.first_layer}
+        return replace(weights, tensors=tensors)
+
+    def _episode(self, episode: TokenizedEpisode, weights: LoRAWeights) -> Tensor:
+        tools = tuple(episode.registry)
+        writer = self.generator.tool_memory
+        readings = writer.read(tools, weights) if writer is not None and tools else []
+        if writer is not None and readings:
+            pieces = LoRAWeights(weights.layers, 1, 1, writer.memory(readings, writer.directions(readings)))
+            weights = weights.concatenate(pieces)
+        all_parts = torch.tensor([part for sample in episode.samples for part in sample.parts])
+        counts = torch.bincount(all_parts, minlength=len(PARTS)).tolist()
+        calls = sum(sample.choice is not None for sample in episode.samples)
+        loss = torch.zeros((), device=self._edge[0].device)
+        with apply_lora(self._edge[0], weights):
+            for chunk in self._chunks(episode.samples):
+                entropy, right, parts, activations = self._run(chunk)
+                for index, part in enumerate(PARTS):
+                    chosen = parts == index
+                    if chosen.any():
+                        full = min(1.0, counts[index] / _FULL_WEIGHT_TOKENS) if part in _LONG_PARTS else 1.0
+                        loss = loss + self.weights[part] * full * entropy[chosen].sum() / counts[index]
+                        self.rates.add(f"loss_{part}", entropy[chosen])
+                self._count(chunk, right, parts)
+                if activations is not None and writer is not None and len(tools) > 1:
+                    choices = torch.tensor([s.choice for s in chunk if s.choice is not None], device=loss.device)
+                    logits = writer.memory.match(readings, activations)
+                    match = F.cross_entropy(logits, choices, reduction="none")
+                    loss = loss + self.match_weight * match.sum() / calls
+                    self.rates.add("loss_match", match)
+                    self.rates.add("match", logits.argmax(dim=-1) == choices)
+        return loss
+
+    def _chunks(self, samples: Sequence[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
+        """Samples of similar length together: padding costs as much as text."""
+        chunk: list[TokenizedSample] = []
+        for sample in sorted(samples, key=lambda one: len(one.input_ids)):
+            length = len(sample.input_ids)
+            if chunk and (
+                length * (len(chunk) + 1) > self.batch_tokens or length > 1.35 * len(chunk[0].input_ids) + 10
+            ):
+                yield chunk
+                chunk = []
+            chunk.append(sample)
+        if chunk:
+            yield chunk
+
+    def _run(self, chunk: Sequence[TokenizedSample]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Cross entropy, rightness and part of every target token (tokens,), and the activations at `Action:`."""
+        model, writer = self._edge[0], self.generator.tool_memory
+        ids = pad_right([sample.input_ids for sample in chunk], model.device)
+        with down_proj_inputs(model, writer.memory.layers if writer is not None else ()) as inputs:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        rows = torch.cat([torch.full((len(s.parts),), row) for row, s in enumerate(chunk)])
+        places = torch.cat([torch.arange(s.prompt_length - 1, len(s.input_ids) - 1) for s in chunk])
+        labels = torch.cat([torch.tensor(s.input_ids[s.prompt_length :]) for s in chunk]).to(ids.device)
+        parts = torch.cat([torch.tensor(s.parts) for s in chunk]).to(ids.device)
+        logits = model.get_output_embeddings()(hidden[rows, places]).float()
+        asked = [(row, s.action_place) for row, s in enumerate(chunk) if s.action_place is not None]
+        activations = None
+        if writer is not None and asked:
+            index = torch.tensor(asked).T
+            activations = torch.stack([inputs[layer][index[0], index[1]] for layer in writer.memory.layers])
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels, parts, activations
+
+    def _count(self, chunk: Sequence[TokenizedSample], right: Tensor, parts: Tensor) -> None:
+        """Rates of whole parts: a greedy decoder gets a part right just where every token of it is the likeliest."""
+        start = 0
+        for sample in chunk:
+            own = slice(start, start + len(sample.parts))
+            start += len(sample.parts)
+            decided = right[own][:1]
+            self.rates.add("decision", decided)
+            self.rates.add("calls_tool" if sample.choice is not None else "calls_none", decided)
+            if sample.choice is not None:
+                for part in ("name", "arguments"):
+                    self.rates.add(part, right[own][parts[own] == PARTS.index(part)].all()[None])
+
+
+_LONG_PARTS = ("name", "arguments", "answer")

@@ -1,0 +1,183 @@
+"""Training on tiny models: what is learnt, what a broken run goes on with, and what bad input says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loragen_agents.content import content_folder
+from loragen_agents.errors import DataError
+from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+from loragen_agents.language_models import load_language_model
+from loragen_agents.sharing import shared_renderer
+from loragen_agents.training.batches import PARTS
+from loragen_agents.training.data import Call, CallRecord, DataSet, ToolRecord
+from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
+from loragen_agents.training.recipe import Recipe
+from loragen_agents.training.sampler import RegistrySampler
+from loragen_agents.training.trainer import sampler_options, train
+from tests.tiny_models import save_tiny_model
+
+THINGS = ["weather", "money", "music", "letters", "photos", "trains", "recipes", "plants"]
+GENERATOR = {"n_experts": 1, "expert_scope": "per_layer", "rank": 4, "alpha": 8.0, "memory_layers": 2}
+GENERATOR |= {"memory_common_rank": 4, "memory_key_rank": 4, "memory_value_rank": 4}
+
+
+def data() -> DataSet:
+    tools, calls = {}, []
+    for number, thing in enumerate(THINGS):
+        split = "dev" if number >= 6 else "train"
+        schema = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+        tool = ToolRecord(f"t/{thing}", f"find_{thing}", f"Find {thing} in a place.", thing, "t", split, schema)
+        tools[tool.id] = tool
+        for place in ("Rome", "Oslo", "Lima", "Bern"):
+            calls.append(CallRecord(f"{thing} in {place}?", (Call(tool.id, {"place": place}),), "t", split))
+    return DataSet(tools, tuple(calls))
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("edge")))
+
+
+def recipe(edge: str, **changes) -> Recipe:
+    settings = {
+        "cloud": edge,
+        "edge": edge,
+        "dtype": "float32",
+        "generator": GENERATOR,
+        "sampler": {"tools": [[2, 4, 1.0]], "requests": 3, "history": 0.0, "sources": {"t": 1.0}},
+        "steps": 6,
+        "warmup": 1,
+        "learning_rate": 5e-3,
+        "save_every": 3,
+        "evaluation": {"every": 3, "episodes": 2, "tools": 2},
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "weights" / "generator.safetensors")
+
+
+def test_every_target_token_has_its_part(edge):
+    renderer = shared_renderer(load_language_model(edge).tokenizer)
+    episode = RegistrySampler(data(), options=None).episode(0)
+    for sample, raw in zip(tokenize_episode(renderer, episode).samples, episode.samples, strict=True):
+        named = [
+            t
+            for t, part in zip(sample.input_ids[sample.prompt_length :], sample.parts, strict=True)
+            if PARTS[part] == "name"
+        ]
+        text = load_language_model(edge).tokenizer.decode(named)
+        assert text == ("" if isinstance(raw.gold, str) else f" {raw.gold.name}")
+        if sample.action_place is not None:
+            assert (
+                load_language_model(edge)
+                .tokenizer.decode(sample.input_ids[: sample.action_place + 1])
+                .endswith("Action:")
+            )
+
+
+def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
+    model = load_language_model(edge, dtype="float32")
+    generator = LoRAGenerator(GeneratorConfig(**GENERATOR), None, model)
+    learner = EpisodeModel(generator, shared_renderer(model.tokenizer))
+    episode = tokenize_episode(shared_renderer(model.tokenizer), RegistrySampler(data()).episode(1))
+    learner.set_background([episode])
+    learner.train()
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = learner([episode])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    still = [n for n, p in generator.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not still
+
+
+def test_several_episodes_in_a_step_weigh_the_same_as_one_by_one(edge):
+    model = load_language_model(edge, dtype="float32")
+    learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), shared_renderer(model.tokenizer))
+    episodes = [tokenize_episode(shared_renderer(model.tokenizer), RegistrySampler(data()).episode(n)) for n in (1, 2)]
+    apart = torch.stack([learner([episode]) for episode in episodes]).mean()
+    torch.testing.assert_close(learner(episodes), apart)
+
+
+def test_padding_and_batching_change_no_loss(edge):
+    model = load_language_model(edge, dtype="float32")
+    generator = LoRAGenerator(GeneratorConfig(**GENERATOR), None, model)
+    episode = tokenize_episode(shared_renderer(model.tokenizer), RegistrySampler(data()).episode(3))
+    together, alone = (
+        EpisodeModel(generator, shared_renderer(model.tokenizer), batch_tokens=size)([episode]) for size in (4096, 1)
+    )
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_broken_run_goes_on_to_the_same_weights(edge, tmp_path):
+    whole = train(recipe(edge), tmp_path / "whole", data=data())
+    train(recipe(edge, save_every=2), tmp_path / "broken", data=data())
+    # What a kill behind step 4 leaves: the checkpoint of that step and none later.
+    for path in (tmp_path / "broken").glob("checkpoint-6/**/*"):
+        if path.is_file():
+            path.unlink()
+    for path in sorted((tmp_path / "broken").glob("checkpoint-6/**"), reverse=True):
+        path.rmdir()
+    train(recipe(edge, save_every=2), tmp_path / "broken", resume=True, data=data())
+    one, other = (weights(tmp_path / name / "checkpoint-6") for name in ("whole", "broken"))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+    best = json.loads((tmp_path / "whole" / "best.json").read_text())
+    assert whole.is_dir() and 0 <= best["eval_score"] <= 1 and best["step"] in (3, 6)
+
+
+def test_a_trained_generator_loads_for_its_model(edge, tmp_path):
+    folder = train(recipe(edge, steps=3), tmp_path, data=data())
+    model = load_language_model(edge)
+    assert LoRAGenerator.load(folder, None, model).notes["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"generator": {"experts": 8}}, "experts"),
+        ({"sampler": {"tool": 3}}, "tool"),
+    ],
+)
+def test_unknown_settings_are_named(edge, tmp_path, changes, said):
+    with pytest.raises(DataError, match=said):
+        train(recipe(edge, **changes), tmp_path, data=data())
+
+
+def test_a_folder_with_a_run_is_not_written_over(edge, tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(DataError, match="--resume"):
+        train(recipe(edge), tmp_path, data=data())
+    with pytest.raises(DataError, match="no checkpoint"):
+        train(recipe(edge), tmp_path / "empty", resume=True, data=data())
+
+
+def test_a_recipe_file_says_what_is_wrong_with_it(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("steps: many\nrate: 3\n")
+    with pytest.raises(DataError, match=r"bad\.yaml: steps: .*; rate: extra"):
+        Recipe.load(file)
+    with pytest.raises(DataError, match="no recipe 'nothing'"):
+        Recipe.load("nothing")
+
+
+def test_the_recipes_that_ship_are_valid():
+    files = sorted(content_folder("training").glob("*.yaml"))
+    assert {"embedded", "paper", "lora", "lora_definitions"} <= {file.stem for file in files}
+    for file in files:
+        recipe = Recipe.load(file)
+        GeneratorConfig.from_dict(recipe.generator)
+        sampler_options(recipe.sampler)
+        first = file.read_text().splitlines()[0]
+        assert first.startswith("#") and f"train {file.stem} --data" in first
