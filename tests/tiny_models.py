@@ -1,6 +1,7 @@
 """Tiny random models with a tokenizer of their own, made on the spot for unit tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,7 +28,7 @@ CORPUS = [
     "Thought: Do I need to use a tool? No\nAI: The answer is three.",
     '{"expression": "2 * 3", "path": "notes.txt"}',
 ]
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,7 +75,7 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
             if parameter.dim() > 1:
                 parameter.mul_(4)
     model.generation_config.eos_token_id = tiny_tokenizer().eos_token_id
-    return model.to(dtype).eval()
+    return model.to(dtype).eval()  # type: ignore[arg-type]  # the wrapper of transformers hides the signature
 
 
 def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:

@@ -106,7 +106,7 @@ class TestGguf:
         loaded = load_language_model(path, dtype="float32", cache_dir=cache, progress=silent)
         ids = torch.tensor([[5, 9, 100, 200, 33]])
         # bf16 is what conversions are kept in; llama.cpp keeps rms_norm_eps as float32.
-        expected = original.to(torch.bfloat16).float()(ids).logits
+        expected = original.bfloat16().float()(ids).logits
         assert torch.allclose(loaded.model(ids).logits, expected, atol=1e-4)
         for text in ("Action: calculator\nAction Input: 1 + 2", "a  17 tools", "<|im_start|>user\nx<|im_end|>"):
             assert loaded.tokenizer(text).input_ids == tokenizer(text).input_ids
@@ -165,7 +165,7 @@ class TestGguf:
 
     def test_older_transformers_without_a_gguf_config(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "quantization_config" in gguf_conversion._unpacked()
-        monkeypatch.setattr(transformers, "GgufConfig", None)
+        monkeypatch.setattr(gguf_conversion.transformers, "GgufConfig", None)
         assert gguf_conversion._unpacked() == {}
 
 

@@ -1,0 +1,43 @@
+# A fresh machine needs Python 3.10 or newer with pip, and one of these two commands:
+#   make demo   ask the assistant a question that it answers with a tool
+#   make test   run all tests (make test-unit: those that need no model, in under a minute)
+# Both make .venv first and use it again afterwards; it is brought up to date when pyproject.toml or constraints.txt
+# change. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-unit lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/loragen-agents ask --tools tools/assistant.yaml "What is 17 times 23?"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-unit: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy loragen_agents tests
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and alone, so that pip settles on the pinned build before anything else asks for one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time this takes some minutes"
+	$(PIP) torch
+	$(PIP) --editable ".[dev]"
+	@touch $@
