@@ -1,0 +1,195 @@
+"""Specialising once: what is kept in memory and on disk, under which key, and what damage does."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loragen_agents import Tool, ToolRegistry, specialization
+from loragen_agents.lora_weights import LoRAWeights
+from loragen_agents.prompting import Turn
+from loragen_agents.specialization import Specialization, forget_specializations, specialize
+from tests.tiny_chat import tiny_generator, tiny_language_model
+
+ONE = Tool(name="one", description="The first tool.")
+TWO = Tool(name="two", description="The second tool.")
+REGISTRY = ToolRegistry([ONE, TWO])
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, Any]:
+    edge = tiny_language_model(tmp_path_factory.mktemp("tiny") / "edge")
+    return {"edge": edge, "cloud": edge, "generator": tiny_generator(edge)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_memory() -> Any:
+    forget_specializations()
+    yield
+    forget_specializations()
+
+
+@pytest.fixture
+def folder(nothing_is_fetched) -> Path:
+    return nothing_is_fetched / "specializations"
+
+
+def assert_same(one: LoRAWeights, other: LoRAWeights) -> None:
+    assert (one.layers, one.rank, one.alpha) == (other.layers, other.rank, other.alpha)
+    assert one.tensors.keys() == other.tensors.keys()
+    for entry in one.tensors:
+        for left, right in zip(one.tensors[entry], other.tensors[entry], strict=True):
+            assert torch.equal(left, right)
+
+
+def assert_usable(made: Specialization) -> None:
+    assert made.model.generate([[Turn("Hello")]])[0].token_ids
+
+
+def test_memory_then_disk(parts, folder):
+    first = specialize(REGISTRY, **parts)
+    assert first.source == "generated"
+    assert first.seconds > 0
+    assert not first.weights_are_zero
+    again = specialize(REGISTRY, **parts)
+    assert (again.source, again.seconds, again.key) == ("memory", 0, first.key)
+    assert again.model is first.model
+    assert [path.name for path in folder.iterdir()] == [first.key]
+    forget_specializations()
+    loaded = specialize(REGISTRY, **parts)
+    assert (loaded.source, loaded.seconds) == ("disk", 0)
+    assert_same(loaded.weights, first.weights)
+    assert loaded.definition_tokens == first.definition_tokens
+    turns = [Turn("Hello")]
+    assert loaded.model.generate([turns])[0].token_ids == first.model.generate([turns])[0].token_ids
+
+
+def test_the_key_holds_all_that_the_weights_depend_on(parts, tmp_path):
+    other_edge = tiny_language_model(tmp_path / "other", seed=1)
+    key = specialize(REGISTRY, **parts).key
+    variants = [
+        specialize(ToolRegistry([TWO, ONE]), **parts),
+        specialize(REGISTRY.without("two"), **parts),
+        specialize(ToolRegistry([ONE, TWO], input_format="csv"), **parts),
+        specialize(REGISTRY, "Be brief.", **parts),
+        specialize(REGISTRY, **{**parts, "generator": tiny_generator(parts["edge"], seed=1)}),
+        specialize(REGISTRY, edge=other_edge, cloud=other_edge, generator=tiny_generator(other_edge)),
+    ]
+    assert all(variant.source == "generated" for variant in variants)
+    assert len({key, *(variant.key for variant in variants)}) == 1 + len(variants)
+    assert specialize(ToolRegistry([ONE, TWO]), **parts).key == key
+
+
+def test_without_the_cache_nothing_is_kept(parts, folder):
+    assert [specialize(REGISTRY, **parts, cache=False).source for _ in range(2)] == ["generated"] * 2
+    assert not folder.exists()
+    assert specialize(REGISTRY, **parts).source == "generated"
+
+
+def damage_tensors(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_tensors,
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"),
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        lambda folder: (folder / "adapter_config.json").write_text("{"),
+        lambda folder: (folder / "specialization.json").write_text("[]"),
+        lambda folder: (folder / "specialization.json").unlink(),
+    ],
+    ids=["a flipped bit", "cut off", "no tensors", "no config", "another manifest", "no manifest"],
+)
+def test_a_damaged_folder_is_made_again(parts, folder, damage, caplog):
+    first = specialize(REGISTRY, **parts)
+    damage(folder / first.key)
+    forget_specializations()
+    again = specialize(REGISTRY, **parts)
+    assert again.source == "generated"
+    assert "damaged" in caplog.text
+    assert_same(again.weights, first.weights)
+    forget_specializations()
+    assert specialize(REGISTRY, **parts).source == "disk"
+    assert [path.name for path in folder.iterdir()] == [first.key]
+
+
+def test_a_folder_that_another_process_wrote_meanwhile_is_left_alone(parts, folder, monkeypatch):
+    first = specialize(REGISTRY, **parts)
+    forget_specializations()
+    kept = folder / first.key
+    monkeypatch.setattr(specialization, "_read", lambda path: None)
+    made = specialize(REGISTRY, **parts)
+    assert made.source == "generated"
+    assert [path.name for path in folder.iterdir()] == [kept.name]
+
+
+def test_what_a_crash_left_behind_does_no_harm(parts, folder):
+    first = specialize(REGISTRY, **parts)
+    shutil.copytree(folder / first.key, folder / f".{first.key}.abc")
+    (folder / f".{first.key}.abc" / "adapter_model.safetensors").write_bytes(b"half")
+    forget_specializations()
+    assert specialize(REGISTRY, **parts).source == "disk"
+    os.utime(folder / f".{first.key}.abc", (0, 0))
+    other = specialize(REGISTRY, "another", **parts)
+    assert {path.name for path in folder.iterdir()} == {first.key, other.key}
+
+
+def test_memory_and_disk_are_bounded(parts, folder, monkeypatch):
+    monkeypatch.setattr(specialization, "DISK_ENTRIES", 3)
+    monkeypatch.setattr(specialization._specializations, "limit", 2)
+    texts = ["a", "b", "c", "d"]
+    made = {text: specialize(REGISTRY, text, **parts) for text in texts}
+    assert {path.name for path in folder.iterdir()} == {made[text].key for text in "bcd"}
+    assert specialize(REGISTRY, "d", **parts).source == "memory"
+    assert specialize(REGISTRY, "c", **parts).source == "memory"
+    assert specialize(REGISTRY, "b", **parts).source == "disk"
+    assert specialize(REGISTRY, "a", **parts).source == "generated"
+    assert_usable(made["a"])  # whoever still holds one can use it
+
+
+def test_threads_make_one_specialisation_once(parts, monkeypatch):
+    calls: list[str] = []
+    original = type(parts["generator"]).generate
+
+    def generate(self, *args, **kwargs):
+        calls.append("generate")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(parts["generator"]), "generate", generate)
+    made: list[Specialization] = []
+    threads = [threading.Thread(target=lambda: made.append(specialize(REGISTRY, **parts))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == ["generate"]
+    assert sorted(one.source for one in made) == ["generated"] + ["memory"] * 5
+    assert len({id(one.model) for one in made}) == 1
+
+
+def test_specialising_leaves_the_edge_model_alone(parts):
+    before = {name: tensor.clone() for name, tensor in parts["edge"].model.state_dict().items()}
+    specialize(REGISTRY, **parts)
+    for name, tensor in parts["edge"].model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_weights_of_a_generator_without_training_are_zero(parts):
+    from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+
+    edge = parts["edge"]
+    untrained = LoRAGenerator(GeneratorConfig(n_experts=2, top_k=1, rank=2, router_width=4, cloud_rank=2), edge, edge)
+    made = specialize(REGISTRY, edge=edge, cloud=edge, generator=untrained)
+    assert made.weights_are_zero
+    bare = specialization.SpecializedLM(edge, None, REGISTRY)
+    turns = [Turn("Hello")]
+    assert made.model.generate([turns])[0].token_ids == bare.generate([turns])[0].token_ids
