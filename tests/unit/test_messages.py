@@ -33,7 +33,7 @@ ADD = Tool(
 REGISTRY = ToolRegistry([ADD])
 
 
-def call(identifier: str = "1", name: str = "add", **arguments):
+def call(identifier: str | None = "1", name: str = "add", **arguments):
     return {"name": name, "args": arguments, "id": identifier, "type": "tool_call"}
 
 
@@ -131,12 +131,10 @@ def test_a_request_after_a_result_opens_a_turn():
 
 
 def test_names_and_roles():
-    assert turns(HumanMessage("hi", name="Ann"), AIMessage("yes", name="bot"), ChatMessage("more", role="User")) == (
-        Turn("Ann: hi", (), "yes"),
-        Turn("more"),
-    )
+    messages = HumanMessage("hi", name="Ann"), AIMessage("yes", name="bot"), ChatMessage(content="more", role="User")
+    assert turns(*messages) == (Turn("Ann: hi", (), "yes"), Turn("more"))
     assert (
-        read_conversation([ChatMessage("Be brief.", role="developer"), HumanMessage("x")], REGISTRY).system_text
+        read_conversation([ChatMessage(content="Be brief.", role="developer"), HumanMessage("x")], REGISTRY).system_text
         == "Be brief."
     )
 
@@ -187,7 +185,7 @@ ASK, CALL, RESULT = HumanMessage("x"), AIMessage("", tool_calls=[call(a=1, b=2)]
         ([ASK, AIMessage("", tool_calls=[call(a=1, b=2), call(a=1, b=2)])], "two tool calls have the id"),
         ([ASK, AIMessage("", tool_calls=[call(None, a=1, b=2)])], "has no id"),
         ([ASK, AIMessage([{"type": "tool_use", "id": "9", "name": "add", "input": {}}])], "tool_calls lack"),
-        ([ChatMessage("x", role="critic")], "the role 'critic'"),
+        ([ChatMessage(content="x", role="critic")], "the role 'critic'"),
         ([RemoveMessage(id="1")], "is a RemoveMessage"),
         ([HumanMessage([{"type": "image", "url": "http://x/y.png"}])], "'image'; this model reads text only"),
         ([HumanMessage([{"type": "input_audio", "input_audio": {}}])], "'input_audio'"),
@@ -220,7 +218,7 @@ CUT_OFF = ['{"a": 1', '{"a": 1, "b": "x', '{"a": 1}', "{", "{}", "", '{"a": {"b"
 )
 def test_a_step_that_could_not_be_read_never_streams_into_a_call(action_input, text, action):
     step = InvalidStep(text, action, action_input, "no")
-    merged = AIMessageChunk("") + last_chunk(step)
+    merged = AIMessageChunk(content="") + last_chunk(step)
     assert merged.tool_calls == []
     assert len(merged.invalid_tool_calls) == 1
     assert merged.invalid_tool_calls[0]["args"] == step_message(step).invalid_tool_calls[0]["args"]
@@ -229,7 +227,7 @@ def test_a_step_that_could_not_be_read_never_streams_into_a_call(action_input, t
 @given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.lists(st.booleans())), max_size=4))
 def test_a_call_streams_as_it_is_invoked(arguments):
     step = ToolStep("add", "", arguments)
-    merged = AIMessageChunk("") + last_chunk(step)
+    merged = AIMessageChunk(content="") + last_chunk(step)
     assert [one["args"] for one in merged.tool_calls] == [arguments]
     assert merged.invalid_tool_calls == []
 
