@@ -1,0 +1,117 @@
+"""`loragen-agents ask`: one step of the specialised model for a request, with what it took."""
+
+import argparse
+import time
+from typing import Any
+
+from loragen_agents.command_options import UNTRAINED, add_specialization_options, load_parts, read_tools
+
+NAME = "ask"
+HELP = "ask a model that is specialised on a tool registry, and show its step"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_specialization_options(parser)
+    parser.add_argument("request", help="what the user says")
+    parser.add_argument("--tool-choice", default="auto", metavar="CHOICE", help="auto, any, none or a tool's name")
+    parser.add_argument("--no-grammar", action="store_true", help="decode freely")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens of the step (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) decodes greedily")
+    parser.add_argument("--seed", type=int, help="seed of the sampling")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from loragen_agents.call_settings import read_tool_choice
+    from loragen_agents.console import print_json
+    from loragen_agents.edge.decoding import Sampling
+    from loragen_agents.progress import shown, silent
+    from loragen_agents.prompting import Turn
+    from loragen_agents.react import parse_step
+    from loragen_agents.specialization import specialize
+
+    registry = read_tools(arguments.tools)
+    choice = read_tool_choice(arguments.tool_choice, registry.names)
+    sampling = Sampling(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed)
+    with shown(silent if arguments.json else None) as progress:
+        edge, cloud, generator = load_parts(arguments, progress)
+        progress("Specialising", None)
+        made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator)
+        progress("Decoding", None)
+        started = time.perf_counter()
+        (completion,) = made.model.generate(
+            [[Turn(arguments.request)]], sampling, grammar=not arguments.no_grammar, tool_choice=choice
+        )
+        seconds = time.perf_counter() - started
+    step = parse_step(completion.text, registry, cut_off=completion.finish_reason != "stop")
+    prompt = completion.prompt_tokens
+    report: dict[str, Any] = {
+        "step": describe(step),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": prompt,
+        "definition_tokens": made.definition_tokens,
+        "compression_ratio": round((prompt + made.definition_tokens) / prompt, 2),
+        "generated_tokens": len(completion.token_ids),
+        "specialization": made.source,
+        "specialize_ms": round(made.seconds * 1000, 1),
+        "first_token_ms": round(completion.first_token_seconds * 1000, 1),
+        "step_ms": round(seconds * 1000, 1),
+        "untrained": made.weights_are_zero,
+    }
+    if arguments.json:
+        print_json(report)
+    else:
+        _show(report)
+    return 0
+
+
+def describe(step: Any) -> dict[str, Any]:
+    """A step as plain data: its kind, and what belongs to it."""
+    from loragen_agents.react import Answer, ToolStep
+
+    if isinstance(step, ToolStep):
+        return {
+            "kind": "tool",
+            "thought": True,
+            "action": step.action,
+            "action_input": step.action_input,
+            "arguments": step.arguments,
+        }
+    if isinstance(step, Answer):
+        return {"kind": "answer", "thought": False, "answer": step.text}
+    return {
+        "kind": "invalid",
+        "thought": None,
+        "action": step.action,
+        "action_input": step.action_input,
+        "text": step.text,
+        "error": step.error,
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    import json
+
+    from loragen_agents.console import say
+    from loragen_agents.prompting import THOUGHT_QUESTION
+
+    step = report["step"]
+    if step["kind"] == "tool":
+        say(f"{THOUGHT_QUESTION} Yes")
+        say(f"Action: {step['action']}", style="bold cyan")
+        say(f"Action Input: {step['action_input']}", style="cyan")
+        say(f"Arguments: {json.dumps(step['arguments'], ensure_ascii=False)}")
+    elif step["kind"] == "answer":
+        say(f"{THOUGHT_QUESTION} No")
+        say(f"AI: {step['answer']}", style="bold green")
+    else:
+        say(f"The step can't be read: {step['error']}", style="bold red")
+        say(step["text"])
+    say(
+        f"\n{report['prompt_tokens']} prompt tokens and {report['definition_tokens']} in the weights (compression "
+        f"{report['compression_ratio']}); specialised in {report['specialize_ms']:.0f} ms "
+        f"({report['specialization']}), first token after {report['first_token_ms']:.0f} ms, "
+        f"{report['generated_tokens']} tokens in {report['step_ms']:.0f} ms",
+        style="dim",
+    )
+    if report["untrained"]:
+        say(UNTRAINED, style="yellow")

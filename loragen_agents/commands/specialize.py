@@ -1,0 +1,66 @@
+"""`loragen-agents specialize`: a registry file to a PEFT folder with the LoRA weights that hold it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from loragen_agents.command_options import UNTRAINED, add_specialization_options, load_parts, read_tools
+
+NAME = "specialize"
+HELP = "turn a tool registry into LoRA weights and write them as a PEFT folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_specialization_options(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the PEFT folder goes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from loragen_agents.console import print_json, say
+    from loragen_agents.language_models import gated_ffn_layers
+    from loragen_agents.progress import shown, silent
+    from loragen_agents.specialization import specialize
+
+    registry = read_tools(arguments.tools)
+    with shown(silent if arguments.json else None) as progress:
+        edge, cloud, generator = load_parts(arguments, progress)
+        progress("Specialising", None)
+        # What this command reports is the work itself, so nothing comes from or goes to the cache.
+        made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator, cache=False)
+        made.weights.save_peft(arguments.out, edge.name, [path for path, _ in gated_ffn_layers(edge.model)])
+    size = sum(path.stat().st_size for path in arguments.out.iterdir() if path.is_file())
+    report: dict[str, Any] = {
+        "out": str(arguments.out),
+        "tools": list(registry.names),
+        "input_format": registry.input_format,
+        "registry_fingerprint": registry.fingerprint,
+        "system_text": made.system_text,
+        "definition_tokens": made.definition_tokens,
+        "edge": edge.name,
+        "cloud": cloud.name,
+        "generator": arguments.generator,
+        "generator_fingerprint": generator.fingerprint,
+        "milliseconds": round(made.seconds * 1000, 1),
+        "matrices": len(made.weights.tensors),
+        "rank": max((a.shape[0] for a, _ in made.weights.tensors.values()), default=0),
+        "parameters": sum(a.numel() + b.numel() for a, b in made.weights.tensors.values()),
+        "bytes": size,
+        "untrained": made.weights_are_zero,
+    }
+    if arguments.json:
+        print_json(report)
+        return 0
+    say(f"{report['out']}", style="bold")
+    shown_rows = [
+        ("tools", f"{len(registry)}: {', '.join(registry.names)}"),
+        ("definitions", f"{made.definition_tokens} tokens that prompts no longer hold"),
+        ("models", f"edge {edge.name}, cloud {cloud.name}, generator {arguments.generator}"),
+        ("time", f"{report['milliseconds']:.0f} ms to generate and merge"),
+        ("weights", f"{report['matrices']} matrices, rank {report['rank']}, {report['parameters']:,} parameters"),
+        ("size", f"{size / 1e6:.1f} MB; load with peft.PeftModel.from_pretrained(model, {str(arguments.out)!r})"),
+    ]
+    for title, text in shown_rows:
+        say(f"  {title:<13}{text}")
+    if made.weights_are_zero:
+        say(UNTRAINED, style="yellow")
+    return 0
