@@ -64,16 +64,21 @@ def mini_turns(sample: MiniSample) -> tuple[Turn, ...]:
     return (*opening, Turn(sample.request, steps))
 
 
-def write_mini(part: Part, folder: Path) -> tuple[Path, int]:
-    """Write a part of GPT4Tools-mini as a file in GPT4Tools' format; gives its path and the number of samples."""
-    path = folder / f"gpt4tools_mini_{part}.json"
+def mini_rows(part: Part) -> list[GPT4ToolsSample]:
+    """A part of GPT4Tools-mini as rows of a GPT4Tools file."""
     registry = mini_registry(part)
-    samples = [
+    return [
         GPT4ToolsSample(sample.id, registry, mini_turns(sample), sample.output, taken_steps(sample.output))
         for sample in mini_samples(part)
     ]
-    write_gpt4tools(samples, path)
-    return path, len(samples)
+
+
+def write_mini(part: Part, folder: Path) -> tuple[Path, int]:
+    """Write a part of GPT4Tools-mini as a file in GPT4Tools' format; gives its path and the number of samples."""
+    path = folder / f"gpt4tools_mini_{part}.json"
+    rows = mini_rows(part)
+    write_gpt4tools(rows, path)
+    return path, len(rows)
 
 
 def score_sample(sample: BenchSample, generated: str, step: Step) -> dict[str, float]:

@@ -39,7 +39,8 @@ from loragen_agents.progress import Progress, silent
 from loragen_agents.sharing import shared_renderer
 from loragen_agents.training.data import DataSet, load_data
 from loragen_agents.training.episode_model import EpisodeModel, TokenizedEpisode, tokenize_episode
-from loragen_agents.training.options import SamplerOptions
+from loragen_agents.training.gpt4tools_episodes import EpisodeSource, gpt4tools_samplers
+from loragen_agents.training.options import NameMode, SamplerOptions
 from loragen_agents.training.recipe import Recipe
 from loragen_agents.training.sampler import RegistrySampler
 
@@ -52,7 +53,7 @@ _BACKGROUND = range(10**9, 10**9 + 6)
 class EpisodeDataset(Dataset[TokenizedEpisode]):
     """Episodes 0 to count - 1 of a sampler, drawn and tokenised when they are asked for."""
 
-    def __init__(self, sampler: RegistrySampler, renderer: Any, recipe: Recipe, count: int) -> None:
+    def __init__(self, sampler: EpisodeSource, renderer: Any, recipe: Recipe, count: int) -> None:
         self.sampler, self.renderer, self.recipe, self.count = sampler, renderer, recipe, count
 
     def __len__(self) -> int:
@@ -165,9 +166,11 @@ def train(
         raise DataError(f"{folder} holds a run already: go on with it (--resume), or choose another folder")
     if last is None and resume:
         raise DataError(f"{folder} holds no checkpoint to go on from: start the run without --resume")
-    if data is None:
-        if not recipe.data:
-            raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
+    if data is None and not recipe.data:
+        raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
+    sampler: EpisodeSource
+    samplers = gpt4tools_samplers(recipe.data, recipe.sampler, recipe.seed) if data is None else None
+    if data is None and samplers is None:
         data = load_data(*recipe.data)
     set_seed(recipe.seed)
     edge = load_language_model(recipe.edge, dtype=recipe.dtype)
@@ -182,7 +185,12 @@ def train(
         first_layer=recipe.first_layer,
         batch_tokens=recipe.batch_tokens,
     )
-    sampler = RegistrySampler(data, seed=recipe.seed, options=sampler_options(recipe.sampler))
+    if samplers is not None:
+        sampler, dev_samplers = samplers
+    else:
+        assert data is not None
+        sampler = RegistrySampler(data, seed=recipe.seed, options=sampler_options(recipe.sampler))
+        dev_samplers = _dev_samplers(data, recipe)
     if last is None and recipe.start_from is None:
         model.set_background(
             [tokenize_episode(renderer, sampler.episode(n), max_tokens=recipe.max_tokens) for n in _BACKGROUND]
@@ -212,7 +220,7 @@ def train(
     processes = max(1, arguments.world_size)
     trainer = GeneratorTrainer(
         recipe,
-        _dev_episodes(data, renderer, recipe),
+        _dev_episodes(dev_samplers, renderer, recipe),
         model=model,
         args=arguments,
         train_dataset=EpisodeDataset(
@@ -265,29 +273,37 @@ def sampler_options(settings: dict[str, Any]) -> SamplerOptions:
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise DataError(f"the recipe's sampler settings name unknown options: {', '.join(unknown)}")
-    values = {
+    values: dict[str, Any] = {
         name: tuple(tuple(v) if isinstance(v, list) else v for v in value) if isinstance(value, list) else value
         for name, value in settings.items()
     }
     return SamplerOptions(**values)
 
 
-def _dev_episodes(data: DataSet, renderer: Any, recipe: Recipe) -> dict[str, list[TokenizedEpisode]]:
-    settings = recipe.evaluation
-    made: dict[str, list[TokenizedEpisode]] = {}
+def _dev_samplers(data: DataSet, recipe: Recipe) -> dict[str, EpisodeSource]:
     sources = {record.source: 1.0 for record in data.calls if record.split == "dev"}
     if not sources:
         raise DataError("the data has no dev split to evaluate on: expected a calls_dev.jsonl beside calls_train.jsonl")
-    for names in ("real", "invented"):
+    made: dict[str, EpisodeSource] = {}
+    kinds: tuple[NameMode, ...] = ("real", "invented")
+    for names in kinds:
         options = SamplerOptions.evaluation(
-            tools=settings.tools, names=names, requests=4, sources=sources, unserved=0.25
-        )  # type: ignore[arg-type]
-        sampler = RegistrySampler(data, seed=1, split="dev", options=options)
-        made[names] = [
-            tokenize_episode(renderer, sampler.episode(n), recipe.prompt, recipe.max_tokens)
-            for n in range(settings.episodes)
-        ]
+            tools=recipe.evaluation.tools, names=names, requests=4, sources=sources, unserved=0.25
+        )
+        made[names] = RegistrySampler(data, seed=1, split="dev", options=options)
     return made
+
+
+def _dev_episodes(
+    samplers: dict[str, EpisodeSource], renderer: Any, recipe: Recipe
+) -> dict[str, list[TokenizedEpisode]]:
+    return {
+        names: [
+            tokenize_episode(renderer, sampler.episode(n), recipe.prompt, recipe.max_tokens)
+            for n in range(recipe.evaluation.episodes)
+        ]
+        for names, sampler in samplers.items()
+    }
 
 
 class _KeepBest(TrainerCallback):

@@ -15,6 +15,7 @@ from loragen_agents.sharing import shared_renderer
 from loragen_agents.training.batches import PARTS
 from loragen_agents.training.data import Call, CallRecord, DataSet, ToolRecord
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
+from loragen_agents.training.gpt4tools_episodes import gpt4tools_samplers
 from loragen_agents.training.recipe import Recipe
 from loragen_agents.training.sampler import RegistrySampler
 from loragen_agents.training.trainer import sampler_options, train
@@ -178,6 +179,20 @@ def test_the_recipes_that_ship_are_valid():
     for file in files:
         recipe = Recipe.load(file)
         GeneratorConfig.from_dict(recipe.generator)
-        sampler_options(recipe.sampler)
         first = file.read_text().splitlines()[0]
-        assert first.startswith("#") and f"train {file.stem} --data" in first
+        if gpt4tools_samplers(recipe.data, recipe.sampler, recipe.seed) is None:
+            sampler_options(recipe.sampler)
+            assert first.startswith("#") and f"train {file.stem} --data" in first
+        else:  # their data is shipped
+            assert first == f"# loragen-agents train {file.stem}"
+
+
+def test_gpt4tools_data_trains_too(tmp_path):
+    edge = save_tiny_model(tmp_path / "edge")
+    recipe = Recipe(
+        edge=str(edge), cloud=str(edge), dtype="float32", generator=GENERATOR, data=("gpt4tools-mini",), max_tokens=600,
+        sampler={"requests": 2, "tools": [4, 5]}, steps=2, warmup=0, evaluation={"every": 1, "episodes": 1},
+    )  # fmt: skip
+    weights = train(recipe, tmp_path / "run")
+    language_model = load_language_model(edge, dtype="float32")
+    assert LoRAGenerator.load(weights, language_model, language_model).notes["step"] in (1, 2)
