@@ -21,6 +21,7 @@ from loragen_agents.bench.runner import Written
 from loragen_agents.edge.kv_cache import PrefixStore
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
+from loragen_agents.errors import CheckpointError
 from loragen_agents.fingerprints import file_sha256
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.checkpoint import resolve
@@ -201,14 +202,24 @@ class ModelEngine:
         return self._generators[location]
 
     def _adapter(self, row: Row) -> LoRAWeights:
+        """LoRA weights that are the same for every registry: a PEFT folder, or a generator of one expert alone."""
         location = self._weights[row.base_name].location
         if location not in self._adapters:
-            self._adapters[location] = LoRAWeights.load_peft(location)
+            if not (resolve(location) / "generator.json").is_file():
+                self._adapters[location] = LoRAWeights.load_peft(location)
+                return self._adapters[location]
+            generator = self._generator(row)
+            if generator.config.n_experts != 1 or generator.tool_memory is not None:
+                raise CheckpointError(
+                    f"{location} is a generator that reads registries; row {row.name} takes plain LoRA: a PEFT folder, "
+                    "or a generator of one expert without a tool memory"
+                )
+            self._adapters[location] = generator.generate("").detach()
         return self._adapters[location]
 
     def _describe_weights(self, row: Row) -> dict[str, Any]:
         weights = self._weights[row.base_name]
-        if row.base.source == "generator":
+        if (resolve(weights.location) / "generator.json").is_file():
             generator = self._generator(row)
             return {"location": weights.location, "fingerprint": generator.fingerprint, "notes": generator.notes}
         files = sorted(Path(weights.location).glob("adapter_model*.safetensors"))

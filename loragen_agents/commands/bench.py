@@ -84,7 +84,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", metavar="ROW,ROW", help="rows of the table by name (default: all)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, predictions, report and plots")
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
-    parser.add_argument("--max-tokens", type=int, default=96, metavar="N", help="longest text of a step (default: 96)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest text of a step (default: 64, calls: 128)")
     _add_model_arguments(parser)
 
 
@@ -293,5 +293,5 @@ def _engine(arguments: argparse.Namespace, task: str) -> "ModelEngine":
         weights=arguments.weights,
         device=arguments.device,
         dtype=arguments.dtype,
-        max_tokens=getattr(arguments, "max_tokens", 96),
+        max_tokens=getattr(arguments, "max_tokens", None) or (128 if task == "calls" else 64),
     )
