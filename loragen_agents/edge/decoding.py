@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ class Decoder:
         self.stop_token_ids = frozenset(_end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids)
         self.prefixes = PrefixStore() if prefixes is None else prefixes
         self._runtime = Runtime(model)
-        self._state = self._runtime.state()
+        self._state: list[Any] = []
+        self._bound: Forward | None = None
         self._lock = threading.Lock()
 
     def stream(
@@ -261,33 +262,34 @@ class Decoder:
         At least the last token of a prompt is left to be read, except where the prompt was read as a whole.
         """
         plain = [list(prompt) for prompt in prompts if not isinstance(prompt, ReadPrompt)]
-        if len(plain) > 1:
-            self._read_shared_head(forward, plain)
+        head, shared = self._shared_head(forward, plain) if len(plain) > 1 else (None, 0)
         states: list[Snapshot | None] = []
         lengths: list[int] = []
         for prompt in prompts:
             if isinstance(prompt, ReadPrompt):
-                states.append(prompt.states)
-                lengths.append(len(prompt.token_ids))
+                found: tuple[Snapshot | None, int] = prompt.states, len(prompt.token_ids)
             else:
-                snapshot, length = self.prefixes.find(prompt[:-1])
-                states.append(snapshot)
-                lengths.append(length)
+                found = self.prefixes.find(prompt[:-1])
+                found = (head, shared) if found[1] < shared else found
+            states.append(found[0])
+            lengths.append(found[1])
         cache = KVCache(len(prompts), max(map(len, map(_tokens, prompts))) + room)
         cache.fill(states, lengths)
         return cache, lengths
 
-    def _read_shared_head(self, forward: Forward, prompts: list[list[int]]) -> None:
-        """Read what all prompts begin with once, for all of them."""
+    def _shared_head(self, forward: Forward, prompts: list[list[int]]) -> tuple[Snapshot | None, int]:
+        """What all prompts begin with, read once for all of them, and its length; 0 where it is known or too short."""
         first, last = min(prompts), max(prompts)
         shared = min(map(len, prompts)) - 1
         head = first[: next((at for at in range(shared) if first[at] != last[at]), shared)]
         _, known = self.prefixes.find(head)
         if len(head) - known < _SHARED_HEAD:
-            return
+            return None, 0
         cache, (cached,) = self._opened(forward, [head], room=0)
         _feed(forward, cache, [head[cached:]], self.model.device)
-        self.prefixes.add(head, cache.snapshot(0))
+        states = cache.snapshot(0)
+        self.prefixes.add(head, states)
+        return states, len(head)
 
 
 class _Sequence:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LayerStates = tuple[Tensor, Tensor]
+from loragen_agents.errors import ModelLoadError
 
 
 class KVCache:
-    """Keys and values of `rows` sequences, per layer with shape (rows, heads, slots, head size).
+    """Keys and values of `rows` sequences, per layer in one tensor with shape (2, rows, heads, slots, head size).
 
-    lengths: number of valid slots of each row.
+    lengths: number of valid slots of each row. starts, span: while tokens are written, each row's first slot for them,
+    and the slots that any of them can see (up to the furthest row's end).
 
     Layers are allocated when first written to, so that shapes need not be known before. Not safe for use by two threads
     at once.
@@ -31,74 +32,79 @@ class KVCache:
 
     def __init__(self, rows: int, capacity: int = 0) -> None:
         self.lengths = [0] * rows
+        self.starts = [0] * rows
+        self.span = 0
         self._capacity = capacity
-        self._layers: list[LayerStates] = []
-        self._starts: list[int] = []
+        self._layers: list[Tensor] = []
         self._width = 0
+        self._together = True
         self._slots: Tensor | None = None
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
 
-    @property
-    def span(self) -> int:
-        """Slots that a query of the writing under way can see: up to the furthest row's end."""
-        return max(self._starts, default=0) + self._width
-
-    @property
-    def starts(self) -> list[int]:
-        """First slot that each row is being written to."""
-        return self._starts
-
     def begin(self, width: int) -> None:
         """Prepare to write `width` tokens behind each row's valid slots, in every layer."""
-        self._starts = list(self.lengths)
+        self.starts = list(self.lengths)
+        self.span = max(self.starts) + width
         self._width = width
+        self._together = len(set(self.starts)) == 1
         self._slots = None
         if self.span > self._capacity:
             # Doubling keeps the copying in proportion to what is written.
             self._capacity = max(self.span, 2 * self._capacity, 64)
-            self._layers = [(self._grown(keys), self._grown(values)) for keys, values in self._layers]
+            for layer, old in enumerate(self._layers):
+                self._layers[layer] = self._empty(old[0])
+                self._layers[layer][:, :, :, : old.shape[3]] = old
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> LayerStates:
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states; return the layer's keys and values as far as they can be seen.
 
         keys, values: shape (rows, heads, width, head size). Returned: (rows, heads, span, head size), views.
+
+        Raises:
+            ModelLoadError: keys and values differ in shape.
         """
+        if keys.shape != values.shape:
+            raise ModelLoadError(
+                f"layer {layer} has keys of shape {tuple(keys.shape)} and values of shape {tuple(values.shape)}; only "
+                "models whose keys and values are of one size can be decoded here"
+            )
         if layer == len(self._layers):
-            self._layers.append((self._empty(keys), self._empty(values)))
-        all_keys, all_values = self._layers[layer]
-        start = self._starts[0]
-        if all(other == start for other in self._starts):
-            all_keys[:, :, start : start + self._width] = keys
-            all_values[:, :, start : start + self._width] = values
+            self._layers.append(self._empty(keys))
+        states = self._layers[layer]
+        if self._together:
+            states[0].narrow(2, self.starts[0], self._width).copy_(keys)
+            states[1].narrow(2, self.starts[0], self._width).copy_(values)
         else:
             if self._slots is None:
-                starts = torch.tensor(self._starts, device=keys.device)
+                starts = torch.tensor(self.starts, device=keys.device)
                 self._slots = starts[:, None] + torch.arange(self._width, device=keys.device)
             rows = torch.arange(self.rows, device=keys.device)[:, None]
             # Indexed along rows and slots, the heads come last: (rows, width, heads, head size).
-            all_keys[rows, :, self._slots] = keys.transpose(1, 2)
-            all_values[rows, :, self._slots] = values.transpose(1, 2)
-        return all_keys[:, :, : self.span], all_values[:, :, : self.span]
+            states[0][rows, :, self._slots] = keys.transpose(1, 2)
+            states[1][rows, :, self._slots] = values.transpose(1, 2)
+        return states[0].narrow(2, 0, self.span), states[1].narrow(2, 0, self.span)
 
-    def layer(self, layer: int) -> LayerStates:
-        """One layer's whole keys and values, scrap included, with shape (rows, heads, capacity, head size)."""
-        return self._layers[layer]
+    def write_token(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """As `write`, for one token of a single row, with fewer steps. states: shape (2, 1, heads, 1, head size)."""
+        if layer == len(self._layers):
+            self._layers.append(self._empty(states[0]))
+        all_states = self._layers[layer]
+        all_states.narrow(3, self.starts[0], 1).copy_(states)
+        keys, values = all_states.narrow(3, 0, self.span).unbind()
+        return keys, values
 
     def advance(self, counts: Sequence[int]) -> None:
         """Declare the first counts[b] slots valid of those that were written to row b."""
-        self.lengths = [start + count for start, count in zip(self._starts, counts, strict=True)]
+        self.lengths = [start + count for start, count in zip(self.starts, counts, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
         self.lengths = [self.lengths[row] for row in rows]
-        index: Tensor | None = None
-        for layer, (keys, values) in enumerate(self._layers):
-            if index is None:
-                index = torch.tensor(rows, device=keys.device)
-            self._layers[layer] = (keys.index_select(0, index), values.index_select(0, index))
+        for layer, states in enumerate(self._layers):
+            self._layers[layer] = states[:, list(rows)]
 
     def fill(self, states: "Sequence[Snapshot | None]", lengths: Sequence[int]) -> None:
         """Begin row b with the first lengths[b] slots of states[b]. Only for a cache that is still empty."""
@@ -106,43 +112,32 @@ class KVCache:
         if pattern is None:
             return
         self._capacity = max(self._capacity, *lengths)
-        self._layers = [(self._empty(keys), self._empty(values)) for keys, values in pattern.layers]
+        self._layers = [self._empty(layer[0]) for layer in pattern.layers]
         for row, (snapshot, length) in enumerate(zip(states, lengths, strict=True)):
             if snapshot is not None and length:
-                for (keys, values), (old_keys, old_values) in zip(self._layers, snapshot.layers, strict=True):
-                    keys[row, :, :length] = old_keys[0, :, :length]
-                    values[row, :, :length] = old_values[0, :, :length]
+                for own, old in zip(self._layers, snapshot.layers, strict=True):
+                    own[:, row, :, :length] = old[:, 0, :, :length]
         self.lengths = list(lengths)
 
-    def snapshot(self, row: int, length: int | None = None) -> "Snapshot":
-        """Copy the first `length` slots of a row (default: all that are valid)."""
-        length = self.lengths[row] if length is None else length
-        return Snapshot(
-            tuple(
-                (keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone())
-                for keys, values in self._layers
-            )
-        )
+    def snapshot(self, row: int) -> "Snapshot":
+        """Copy the valid slots of a row."""
+        return Snapshot(tuple(states[:, row : row + 1, :, : self.lengths[row]].clone() for states in self._layers))
 
     def _empty(self, like: Tensor) -> Tensor:
-        # Zeros, not scrap: what is masked out still enters products, and 0 x NaN would be NaN.
-        return like.new_zeros(self.rows, like.shape[1], self._capacity, like.shape[3])
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = self._empty(old)
-        new[:, :, : old.shape[2]] = old
-        return new
+        """like: one layer's keys. Zeros, not scrap: what is masked out still enters products, and 0 x NaN is NaN."""
+        return like.new_zeros(2, self.rows, like.shape[1], self._capacity, like.shape[3])
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One row's keys and values, per layer with shape (1, heads, tokens, head size); never written to."""
+    """One row's keys and values, per layer with shape (2, 1, heads, tokens, head size); never written to."""
 
-    layers: tuple[LayerStates, ...]
+    layers: tuple[Tensor, ...]
 
     @property
     def size(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        """In bytes."""
+        return sum(layer.nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True, eq=False)
