@@ -143,7 +143,12 @@ def find_stored(name: str | Path | Sequence[str | Path], *, cache_dir: Path | No
         import huggingface_hub
 
         found = huggingface_hub.try_to_load_from_cache(source.repository, "config.json", revision=source.revision)
-        return Path(found).parent if isinstance(found, str) else None
+        if not isinstance(found, str):
+            return None
+        with suppress(ModelLoadError):  # an interrupted download: config.json is there, the weights are not
+            weight_files(Path(found).parent)
+            return Path(found).parent
+        return None
     if isinstance(source, KnownModel):
         model_name, sha256 = source.name, source.sha256
     else:

@@ -49,10 +49,11 @@ def _logged(progress: Progress) -> Progress:
 @contextmanager
 def _terminal() -> Iterator[Progress]:
     from rich import progress as rich_progress
+    from rich.errors import LiveError
 
     from loragen_agents.console import messages, visible
 
-    with rich_progress.Progress(
+    display = rich_progress.Progress(
         rich_progress.SpinnerColumn(),
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(bar_width=24),
@@ -60,8 +61,14 @@ def _terminal() -> Iterator[Progress]:
         rich_progress.TimeElapsedColumn(),
         console=messages,
         transient=True,
-    ) as display:
-        task = display.add_task("", total=None, visible=False)
+    )
+    try:
+        display.start()
+    except LiveError:  # somebody else draws on this terminal already
+        yield silent
+        return
+    try:
+        task: rich_progress.TaskID | None = None
         current, started = "", time.monotonic()
 
         def finish() -> None:
@@ -71,12 +78,17 @@ def _terminal() -> Iterator[Progress]:
                 display.console.print(f"{visible(current)} ({seconds:.0f} s)", markup=False, highlight=False)
 
         def draw(text: str, fraction: float | None) -> None:
-            nonlocal current, started
-            if text != current:
+            nonlocal task, current, started
+            if task is None or text != current:
                 finish()
                 current, started = text, time.monotonic()
-                display.reset(task, description=visible(text), total=None, visible=True)
-            display.update(task, total=None if fraction is None else 1.0, completed=fraction or 0.0)
+                if task is not None:
+                    display.remove_task(task)
+                task = display.add_task(visible(text), total=None)  # without a total the bar pulses
+            if fraction is not None:
+                display.update(task, total=1.0, completed=fraction)
 
         yield draw
         finish()
+    finally:
+        display.stop()
