@@ -36,12 +36,12 @@ def read_settings(
 ) -> CallSettings:
     """The settings of a call.
 
-    fields: the model's values of `SETTINGS`; arguments: those of the call, of which None counts as not given.
+    fields: a value for each of `SETTINGS`; arguments: those of the call, of which None counts as not given.
 
     Raises:
-        PromptError: an argument that the model does not know, or a tool choice that the tools do not allow.
+        PromptError: an argument that the model does not know, one out of its range, or a tool choice that the tools do
+            not allow.
         RegistryError: a tool that can't be used.
-        ValueError: a sampling value out of its range.
     """
     unknown = sorted(arguments.keys() - {*SETTINGS, *_TOLERATED})
     if unknown:
@@ -51,7 +51,12 @@ def read_settings(
     choice = read_tool_choice(given["tool_choice"], registry.names)
     if choice not in ("auto", "none") and not len(registry):
         raise PromptError(f"tool_choice is {choice!r}, and there are no tools; bind some or use 'auto'")
-    sampling = Sampling(**{name: given[name] for name in SAMPLING})
+    if choice != "auto" and not given["grammar"]:
+        raise PromptError(f"tool_choice {choice!r} is held by the grammar, which is off; switch it on or use 'auto'")
+    try:
+        sampling = Sampling(**{name: given[name] for name in SAMPLING})
+    except (TypeError, ValueError) as error:
+        raise PromptError(str(error)) from error
     return CallSettings(
         given["model"], registry, choice, bool(given["grammar"]), sampling, tuple(text for text in stop or () if text)
     )

@@ -468,6 +468,10 @@ class LoRAGenChatModel(BaseChatModel):
             # create_agent would send `response_format` to a model that claims this; it forces a tool call otherwise.
             structured_output=False,
         )
+        if isinstance(self.model, LanguageModel):
+            limit = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
+            if limit is not None:
+                profile["max_input_tokens"] = limit
         for name in unable:
             profile[name] = False  # type: ignore[literal-required]
         return profile

@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.call_settings import read_tool_choice
+    from loragen_agents.call_settings import read_settings
     from loragen_agents.console import print_json
-    from loragen_agents.edge.decoding import Sampling
     from loragen_agents.progress import shown, silent
     from loragen_agents.prompting import Turn
     from loragen_agents.react import parse_step
     from loragen_agents.specialization import specialize
 
     registry = read_tools(arguments.tools)
-    choice = read_tool_choice(arguments.tool_choice, registry.names)
-    sampling = Sampling(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed)
+    given = {name: getattr(arguments, name) for name in ("tool_choice", "max_tokens", "temperature", "seed")}
+    fields = {"model": arguments.edge, "tools": registry, "grammar": not arguments.no_grammar, "top_p": 1.0, "top_k": 0}
+    settings = read_settings({**fields, **given}, {}, None, registry.input_format)
     with shown(silent if arguments.json else None) as progress:
         edge, cloud, generator = load_parts(arguments, progress)
         progress("Specialising", None)
@@ -39,7 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
         progress("Decoding", None)
         started = time.perf_counter()
         (completion,) = made.model.generate(
-            [[Turn(arguments.request)]], sampling, grammar=not arguments.no_grammar, tool_choice=choice
+            [[Turn(arguments.request)]],
+            settings.sampling,
+            grammar=settings.grammar,
+            tool_choice=settings.tool_choice,
         )
         seconds = time.perf_counter() - started
     step = parse_step(completion.text, registry, cut_off=completion.finish_reason != "stop")

@@ -453,6 +453,8 @@ def test_calls_that_cannot_be(model):
         model.invoke("Hello", response_format={})
     with pytest.raises(RegistryError, match="description is empty"):
         model.bind_tools([{"name": "x", "description": "", "parameters": {}}])
+    with pytest.raises(PromptError, match="held by the grammar, which is off"):
+        model.bind_tools([pick], tool_choice="any", grammar=False).invoke("Hello")
     with pytest.raises(PromptError, match="room for"):
         model.invoke("word " * 3000)
 
@@ -474,6 +476,7 @@ def test_what_a_model_says_of_itself(model):
     assert model._llm_type == "loragen-agents"
     assert model.profile["tool_calling"]
     assert not model.profile["image_inputs"]
+    assert model.profile["max_input_tokens"] == 2048
     params = model._get_ls_params(stop=["x"])
     assert (params["ls_provider"], params["ls_model_name"], params["ls_stop"]) == (
         "loragen_agents",
