@@ -5,7 +5,7 @@ does next; `target_parts` writes that as the text which follows `Thought: Do I n
 come from is the sampler's affair, tokens and losses are the trainer's.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from loragen_agents.prompting import Turn
@@ -86,3 +86,21 @@ def target_parts(sample: Sample, registry: ToolRegistry) -> list[TextPart]:
 def target_text(sample: Sample, registry: ToolRegistry) -> str:
     """The parts of `target_parts` as one text."""
     return "".join(part.text for part in target_parts(sample, registry))
+
+
+def plain_episode(episode: Episode) -> dict[str, Any]:
+    """The episode as plain values, for people who want to look at what is drawn."""
+    return {
+        "input_format": episode.registry.input_format,
+        "tools": [tool.model_dump() for tool in episode.registry],
+        "samples": [
+            {
+                "kind": sample.kind,
+                "source": sample.source,
+                "requests": [turn.request for turn in sample.turns],
+                "steps": [asdict(step) for step in sample.turns[-1].steps],
+                "target": target_text(sample, episode.registry).strip(),
+            }
+            for sample in episode.samples
+        ],
+    }

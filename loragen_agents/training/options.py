@@ -16,9 +16,10 @@ class SamplerOptions:
 
     Attributes:
         tools: (smallest, largest, weight) of ranges for the number of tools in a registry.
-        gold_tools: smallest and largest number of tools with requests in a registry.
+        gold_tools: smallest and largest number of tools with requests in a registry; more where they have few requests.
         requests: samples of an episode.
-        sources: weight of each source; sources without data are passed over, unlisted ones weigh 0.1.
+        sources: weight of each source; sources without data are passed over.
+        other_sources: weight of a source that is not listed.
         mixed_sources: gold tools of a registry from several sources instead of one.
         near: share of the other tools that come from the gold tools' own domain or source, not from all tools.
         kinds: weights of the samples' kinds (`episodes.Kind`).
@@ -49,6 +50,7 @@ class SamplerOptions:
     sources: Choices = field(
         default_factory=lambda: {"seal-tools": 0.28, "metatool": 0.22, "sgd": 0.25, "computer": 0.25}
     )
+    other_sources: float = 0.1
     mixed_sources: float = 0.4
     near: float = 0.5
     kinds: Choices = field(
@@ -92,6 +94,7 @@ class SamplerOptions:
             gold_tools=(2, 4),
             requests=requests,
             sources=sources or {"seal-tools": 1.0, "metatool": 1.0, "sgd": 1.0},
+            other_sources=0.0,
             mixed_sources=0.0,
             near=near,
             kinds={"call": 1.0 - unserved, "unserved": unserved},

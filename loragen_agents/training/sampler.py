@@ -10,7 +10,6 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from loragen_agents.errors import ArgumentError, DataError
 from loragen_agents.prompting import TakenStep, Turn
@@ -33,6 +32,18 @@ def _is_debris(query: str) -> bool:
     return (
         query.lstrip()[:1] in ("{", "[") or query.count("]") > query.count("[") or query.count("}") > query.count("{")
     )
+
+
+def _without_vague(rows: Sequence[CallRecord]) -> list[CallRecord]:
+    """Leave out requests that call other tools in other rows ("Is there anything else?"), debris, and long ones."""
+    wanted: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for record in rows:
+        wanted[record.query.casefold()].add(tuple(call.tool for call in record.calls))
+    return [
+        record
+        for record in rows
+        if len(wanted[record.query.casefold()]) == 1 and len(record.query) <= MAX_QUERY and not _is_debris(record.query)
+    ]
 
 
 class RegistrySampler:
@@ -69,15 +80,15 @@ class RegistrySampler:
             for record in data.calls
             if record.split == split and record.calls and all(call.tool in self._tools for call in record.calls)
         ]
+        if split == "train":
+            rows = _without_vague(rows)
         self._rows: dict[str, list[CallRecord]] = defaultdict(list)
         by_source: dict[str, set[str]] = defaultdict(set)
         for record in rows:
-            if split == "train" and (len(record.query) > MAX_QUERY or _is_debris(record.query)):
-                continue
             for tool_id in {call.tool for call in record.calls}:
                 self._rows[tool_id].append(record)
                 by_source[record.source].add(tool_id)
-        weights = {source: self.options.sources.get(source, 0.1) for source in by_source}
+        weights = {source: self.options.sources.get(source, self.options.other_sources) for source in by_source}
         self._sources = {source: weight for source, weight in weights.items() if weight > 0}
         if not self._sources:
             raise DataError(f"no requests of split {split!r} for any of the sources {', '.join(self.options.sources)}")
@@ -155,8 +166,10 @@ class RegistrySampler:
         wanted = min(size, rng.randint(low, high))
         golds: list[str] = []
         rows: list[CallRecord] = []
-        for _ in range(10 * wanted):
-            if len(golds) >= wanted:
+        for _ in range(10 * size):
+            # Some sources have a request or two for a tool: then more tools are asked for.
+            supply = sum(len(self._rows[tool_id]) for tool_id in golds)
+            if len(golds) >= wanted and supply >= self.options.requests:
                 break
             # A neighbour of a gold tool makes the choice between them a question of reading.
             if golds and rng.random() < 0.3:
@@ -329,22 +342,3 @@ class RegistrySampler:
         taken = self._take(row.calls, views, form, False, rng)
         answer = wording.final_answer([step.observation for step in taken], False, rng)
         return (Turn(row.query, taken, answer), turn)
-
-
-def write_episodes(episodes: Iterable[Episode]) -> Iterator[dict[str, Any]]:
-    """Episodes as plain values, for people who want to look at what is drawn."""
-    for episode in episodes:
-        yield {
-            "input_format": episode.registry.input_format,
-            "tools": [tool.model_dump() for tool in episode.registry],
-            "samples": [
-                {
-                    "kind": sample.kind,
-                    "source": sample.source,
-                    "turns": [turn.request for turn in sample.turns],
-                    "steps": [step.action for step in sample.turns[-1].steps],
-                    "gold": sample.gold if isinstance(sample.gold, str) else [sample.gold.name, sample.gold.arguments],
-                }
-                for sample in episode.samples
-            ],
-        }

@@ -1,8 +1,8 @@
 """Builds requests and gold calls from templates with slots: the project's own tools, `computer_tools/*.yaml`.
 
-A domain file holds tools; a tool says what it does (`about`), which arguments it takes (`args`) and how people ask for it
-(`ask`, one template a line). The notation is described in `computer_tools/README.md`. This module reads the files, checks
-them and fills the slots; what the values are is in `values.yaml`, how requests are framed in `frames.yaml`.
+A domain file holds tools; a tool says what it does (`about`), which arguments it takes (`args`) and how people ask
+for it (`ask`, one template a line). The notation is described in `computer_tools/README.md`. This module reads the
+files, checks them and fills the slots; values stand in `values.yaml`, frames of requests in `frames.yaml`.
 """
 
 import functools
@@ -106,7 +106,9 @@ class ValueBook:
             for value in values:
                 for inner in _SLOT.findall(value) if isinstance(value, str) else ():
                     if inner not in self._lists:
-                        raise DataError(f"values.yaml: the list {name!r} refers to {inner!r}, which is not a list there")
+                        raise DataError(
+                            f"values.yaml: the list {name!r} refers to {inner!r}, which is not a list there"
+                        )
 
     @staticmethod
     def _read(name: str, value: Any) -> list[Any]:
@@ -247,7 +249,9 @@ def read_computer_tools(folder: Path = COMPUTER_TOOLS) -> list[TemplatedTool]:
     return [tool for path in paths for tool in read_domain(path, book, patterns)]
 
 
-def fill(tool: TemplatedTool, template: Template, book: ValueBook, frames: dict[str, int], rng: random.Random) -> CallRecord:
+def fill(
+    tool: TemplatedTool, template: Template, book: ValueBook, frames: dict[str, int], rng: random.Random
+) -> CallRecord:
     """Fill a template: choices are made, a verb phrase (it opens with a small letter) is framed, slots are filled."""
     values: dict[str, Any] = {}
     arguments = {argument.name: argument for argument in tool.arguments}

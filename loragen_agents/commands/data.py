@@ -1,0 +1,108 @@
+"""`loragen-agents data build|check|sample`: training data in the intermediate format, from its originals."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loragen_agents.training.data import DataSet
+
+NAME = "data"
+HELP = "build, check and look at training data"
+
+SOURCES = ("computer", "seal-tools", "metatool", "sgd")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommands and their options."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    build = actions.add_parser("build", help="build tools.jsonl and calls_*.jsonl from a source")
+    build.add_argument("--source", choices=SOURCES, required=True, help="computer: the project's own tools")
+    build.add_argument("--input", type=Path, metavar="FOLDER", help="checkout of the source (not for computer)")
+    build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    build.add_argument("--copies", type=int, default=4, metavar="N", help="computer: fillings a template (default: 4)")
+    build.add_argument("--seed", type=int, default=0, help="computer: of the fillings (default: 0)")
+
+    check = actions.add_parser("check", help="read data folders and count what is in them")
+    check.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+
+    sample = actions.add_parser("sample", help="show registries and requests as a training run draws them")
+    sample.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    sample.add_argument("--split", choices=("train", "dev"), default="train")
+    sample.add_argument("--count", type=int, default=1, metavar="N", help="how many registries (default: 1)")
+    sample.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the chosen action; returns the exit code."""
+    return {"build": _build, "check": _check, "sample": _sample}[arguments.action](arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from loragen_agents.console import say
+    from loragen_agents.errors import DataError
+    from loragen_agents.training.data import write_data
+    from loragen_agents.training.readers import READERS
+    from loragen_agents.training.templates import build_computer_tools
+
+    if arguments.source == "computer":
+        data = build_computer_tools(copies=arguments.copies, seed=arguments.seed)
+    elif arguments.input is None:
+        raise DataError(f"--source {arguments.source} needs --input FOLDER, a checkout of the original data")
+    else:
+        data = READERS[arguments.source](arguments.input)
+    write_data(data, arguments.out)
+    if not arguments.json:
+        say(f"Wrote {arguments.out}")
+    return _report(data, arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from loragen_agents.training.data import load_data
+
+    return _report(load_data(*arguments.folders), arguments)
+
+
+def _report(data: "DataSet", arguments: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from loragen_agents.console import print_json, say
+
+    tools = Counter((tool.source, tool.split) for tool in data.tools.values())
+    calls = Counter((record.source, record.split) for record in data.calls)
+    rows = [
+        {"source": source, "split": split, "tools": tools[source, split], "requests": calls[source, split]}
+        for source, split in sorted(tools.keys() | calls.keys())
+    ]
+    if arguments.json:
+        print_json(rows)
+    else:
+        for row in rows:
+            say(f"{row['source']:<12} {row['split']:<6} {row['tools']:>6} tools {row['requests']:>7} requests")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from loragen_agents.console import print_json, say
+    from loragen_agents.training.data import load_data
+    from loragen_agents.training.episodes import plain_episode
+    from loragen_agents.training.sampler import RegistrySampler
+
+    sampler = RegistrySampler(load_data(*arguments.folders), seed=arguments.seed, split=arguments.split)
+    episodes = [plain_episode(sampler.episode(index)) for index in range(arguments.count)]
+    if arguments.json:
+        print_json(episodes)
+        return 0
+    for episode in episodes:
+        say(f"Registry of {len(episode['tools'])} tools, inputs as {episode['input_format']}", style="bold")
+        for tool in episode["tools"]:
+            say(f"> {tool['name']}: {tool['description']}")
+        for sample in episode["samples"]:
+            say()
+            say(f"{sample['kind']} ({sample['source']}): {sample['requests'][-1]}", style="cyan")
+            for step in sample["steps"]:
+                say(f"  taken: {step['action']}({step['action_input']}) -> {step['observation']}")
+            say(f"  {sample['target']}")
+        say()
+    return 0

@@ -1,0 +1,283 @@
+"""Episodes: their samples parse back, repeat exactly, and never show what is held out."""
+
+import itertools
+import random
+from collections import Counter
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loragen_agents.errors import DataError
+from loragen_agents.react import Answer, ToolStep, parse_step
+from loragen_agents.training import augment, wording
+from loragen_agents.training.data import Call, CallRecord, DataSet, ToolRecord
+from loragen_agents.training.episodes import Episode, target_parts, target_text
+from loragen_agents.training.options import SamplerOptions
+from loragen_agents.training.overlap import Overlap
+from loragen_agents.training.sampler import RegistrySampler
+
+WORDS = ("lamp", "river", "train", "cake", "photo", "letter", "garden", "song", "window", "market", "hotel", "coin")
+
+
+def own_words(tool_id: str) -> str:
+    """Words that no other tool has: they keep it apart from all others."""
+    return " ".join(augment.invented_word(random.Random(f"{tool_id} {part}"), 3) for part in range(4))
+
+
+def make_tool(number: int, source: str, domain: str, split: str = "train") -> ToolRecord:
+    word = WORDS[number % len(WORDS)]
+    own = own_words(f"{source}/{number}")
+    properties = {
+        "object": {"type": "string", "description": f"which {word}"},
+        "count": {"type": "integer", "description": "how many"},
+        "mode": {"type": "string", "enum": ["fast", "slow"]},
+        "note": {"type": "string"},
+    }
+    return ToolRecord(
+        id=f"{source}/{number}",
+        name=f"find{word.capitalize()}{number}",
+        description=f"Find a {word} for {own}. It also works at night.",
+        domain=domain,
+        source=source,
+        split=split,  # type: ignore[arg-type]
+        parameters={
+            "type": "object",
+            "properties": dict(list(properties.items())[: number % 5]),
+            "required": list(properties)[: min(1, number % 5)],
+        },
+    )
+
+
+def make_calls(tool: ToolRecord, rng: random.Random) -> list[CallRecord]:
+    values = {
+        "object": lambda: rng.choice(["a, b", 'the "old" one', "x", "42", "true", "line\nbreak", "ü ö", " spaced"]),
+        "count": lambda: rng.randint(-3, 99),
+        "mode": lambda: rng.choice(["fast", "slow"]),
+        "note": lambda: rng.choice(["now", "Action: stop", "{}", "None, or all"]),
+    }
+    calls = []
+    for index in range(6):
+        given = {name: values[name]() for name in tool.properties if name in tool.required or rng.random() < 0.6}
+        calls.append(CallRecord(f"{own_words(tool.id)} {index}", (Call(tool.id, given),), tool.source, tool.split))
+    return calls
+
+
+@cache
+def small_data() -> DataSet:
+    rng = random.Random(0)
+    tools = [make_tool(number, f"source{number % 3}", f"domain{number % 4}") for number in range(36)]
+    tools += [make_tool(number, "source0", "held", "dev") for number in range(40, 44)]
+    calls = [call for tool in tools for call in make_calls(tool, rng)]
+    for first, second in itertools.pairwise(tools[:10]):
+        steps = (calls[6 * tools.index(first)].calls[0], calls[6 * tools.index(second)].calls[0])
+        calls.append(CallRecord(f"First {first.id} then {second.id}", steps, first.source, "train"))
+    # A dev request of a training tool: from then on no training sample may hold that tool.
+    calls.append(CallRecord("Check", (calls[6 * 20].calls[0],), tools[20].source, "dev"))
+    return DataSet({tool.id: tool for tool in tools}, tuple(calls))
+
+
+@cache
+def sampler(split: str = "train") -> RegistrySampler:
+    return RegistrySampler(small_data(), seed=5, split=split)  # type: ignore[arg-type]
+
+
+def content(episode: Episode) -> tuple:
+    return episode.registry.fingerprint, episode.tool_ids, episode.samples
+
+
+@settings(max_examples=150, deadline=None)
+@given(index=st.integers(0, 10**9))
+def test_samples_parse_back_to_the_calls_they_were_made_from(index):
+    episode = sampler().episode(index)
+    for sample in episode.samples:
+        step = parse_step(target_text(sample, episode.registry), episode.registry)
+        if isinstance(sample.gold, str):
+            assert isinstance(step, Answer)
+            assert step.text == sample.gold
+            continue
+        assert isinstance(step, ToolStep), step
+        assert (step.action, step.arguments) == (sample.gold.name, sample.gold.arguments)
+        # Argument names differ between registries, values and their number do not.
+        assert episode.tool_ids[episode.registry.names.index(sample.gold.name)] == sample.tool
+        asked = [call.arguments for call in small_calls(sample.tool)]
+        assert sorted(map(repr, step.arguments.values())) in [sorted(map(repr, given.values())) for given in asked]
+
+
+def small_calls(tool_id: str | None) -> list[Call]:
+    return [call for record in small_data().calls for call in record.calls if call.tool == tool_id]
+
+
+@settings(max_examples=60, deadline=None)
+@given(index=st.integers(0, 10**6))
+def test_the_earlier_steps_of_a_sample_parse_too(index):
+    episode = sampler().episode(index)
+    for sample in episode.samples:
+        for taken in (step for turn in sample.turns for step in turn.steps):
+            text = f" Yes\nAction: {taken.action}\nAction Input: {taken.action_input}\nObservation:"
+            assert isinstance(parse_step(text, episode.registry), ToolStep)
+            assert taken.observation
+            assert "\n" not in taken.observation
+        assert [turn.answer is None for turn in sample.turns] == [False] * (len(sample.turns) - 1) + [True]
+
+
+def test_episodes_repeat_exactly_and_shards_share_one_stream():
+    again = RegistrySampler(small_data(), seed=5)
+    stream = [content(episode) for episode in itertools.islice(sampler(), 6)]
+    assert [content(again.episode(index)) for index in range(6)] == stream
+    assert [content(episode) for episode in itertools.islice(again.shard(0, 2), 3)] == stream[0::2]
+    assert [content(episode) for episode in itertools.islice(again.shard(1, 2, start=2), 2)] == stream[3::2]
+    assert content(RegistrySampler(small_data(), seed=6).episode(0)) != stream[0]
+    with pytest.raises(ValueError, match="shard index 2 of 2"):
+        next(again.shard(2, 2))
+
+
+def test_training_never_shows_a_held_out_tool_and_dev_asks_for_nothing_else():
+    held_out = small_data().held_out_tools()
+    assert len(held_out) == 5
+    for index in range(150):
+        assert not held_out & set(sampler().episode(index).tool_ids)
+    gold = {sample.tool for index in range(60) for sample in sampler("dev").episode(index).samples} - {None}
+    assert gold
+    assert gold <= held_out
+
+
+def test_every_kind_format_and_size_comes_up():
+    kinds: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    sizes = set()
+    for index in range(200):
+        episode = sampler().episode(index)
+        kinds.update(sample.kind for sample in episode.samples)
+        formats[episode.registry.input_format] += 1
+        sizes.add(len(episode.registry))
+        assert len(episode.samples) == 8
+        assert len({sample.turns for sample in episode.samples}) == 8
+    assert set(kinds) == {"call", "next_call", "final_answer", "unserved", "chat"}
+    assert min(kinds.values()) > 20
+    assert formats["csv"] > 20
+    assert formats["json"] > 60
+    assert min(sizes) <= 3
+    assert max(sizes) >= 25
+
+
+def test_a_request_goes_unserved_only_where_its_tool_is_missing():
+    served = {record.query: {call.tool for call in record.calls} for record in small_data().calls}
+    for index in range(150):
+        episode = sampler().episode(index)
+        for sample in episode.samples:
+            if sample.kind == "unserved":
+                assert sample.tool is None
+                assert not served[sample.turns[-1].request] & set(episode.tool_ids)
+
+
+def test_evaluation_options_fix_size_names_and_kinds():
+    options = SamplerOptions.evaluation(tools=12, names="real", unserved=0.5, sources={"source0": 1.0})
+    drawn = RegistrySampler(small_data(), split="dev", options=options)
+    names = {tool.id: tool.name for tool in small_data().tools.values()}
+    kinds: Counter[str] = Counter()
+    for index in range(40):
+        episode = drawn.episode(index)
+        assert len(episode.registry) == 12
+        assert [names[tool_id] for tool_id in episode.tool_ids] == list(episode.registry.names)
+        kinds.update(sample.kind for sample in episode.samples)
+    assert set(kinds) == {"call", "unserved"}
+    assert 0.3 < kinds["call"] / kinds.total() < 0.7
+
+
+def test_invented_names_differ_in_their_key_and_share_nothing_with_the_tools():
+    options = SamplerOptions.evaluation(tools=24, names="invented", sources={"source0": 1.0})
+    drawn = RegistrySampler(small_data(), split="dev", options=options, name_key=lambda name: name[:2].casefold())
+    for index in range(10):
+        names = drawn.episode(index).registry.names
+        assert len({name[:2].casefold() for name in names}) == 24
+        assert not any(word in name.lower() for name in names for word in WORDS)
+
+
+def test_swapped_names_stand_at_other_tools():
+    options = SamplerOptions(names={"swapped": 1.0}, mixed_names=0.0, tools=((6, 6, 1.0),))
+    drawn = RegistrySampler(small_data(), seed=1, options=options)
+    own = {tool.id: tool.name for tool in small_data().tools.values()}
+    for index in range(20):
+        episode = drawn.episode(index)
+        names = dict(zip(episode.tool_ids, episode.registry.names, strict=True))
+        assert all(names[tool_id] != own[tool_id] for tool_id in names)
+        assert sorted(names.values()) == sorted(own[tool_id] for tool_id in names)
+
+
+def test_parts_make_up_the_target():
+    for index in range(40):
+        episode = sampler().episode(index)
+        for sample in episode.samples:
+            parts = target_parts(sample, episode.registry)
+            assert "".join(part.text for part in parts) == target_text(sample, episode.registry)
+            expected = ["decision", "format", "answer"]
+            if not isinstance(sample.gold, str):
+                expected = ["decision", "format", "name", "format", "arguments", "format"]
+            assert [part.part for part in parts] == expected
+
+
+def test_data_without_requests_is_refused():
+    with pytest.raises(DataError, match="no requests of split 'train'"):
+        RegistrySampler(DataSet(small_data().tools, ()))
+
+
+def test_sister_services_conflict_and_other_services_do_not():
+    def service(domain: str, name: str) -> ToolRecord:
+        return ToolRecord(f"sgd/{domain}.{name}", name, f"{name} something", domain, "sgd", "train", {})
+
+    tools = [service(*pair) for pair in (("Hotels_1", "Find"), ("Hotels_1", "Book"), ("Hotels_2", "Find"))]
+    tools += [service("Buses_1", "Find"), service("Media_1", "Find"), service("Movies_2", "Find")]
+    overlap = Overlap({tool.id: tool for tool in tools}, [])
+    assert not overlap.conflict("sgd/Hotels_1.Find", "sgd/Hotels_1.Book")
+    assert overlap.conflict("sgd/Hotels_1.Find", "sgd/Hotels_2.Find")
+    assert overlap.conflict("sgd/Media_1.Find", "sgd/Movies_2.Find")
+    assert not overlap.conflict("sgd/Hotels_1.Find", "sgd/Buses_1.Find")
+    assert overlap.serves("sgd/Hotels_1.Book", "sgd/Hotels_1.Find")
+    assert not overlap.serves("sgd/Buses_1.Find", "sgd/Hotels_1.Find")
+
+
+@given(seed=st.integers(), words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=4, unique=True))
+def test_names_keep_their_words_in_every_style(seed, words):
+    for style in augment.STYLES:
+        name = augment.join_words(words, style)
+        assert "".join(words) == name.lower().replace("_", "").replace("-", "").replace(" ", "")
+        if style not in ("flat",):
+            assert augment.split_words(name) == words
+    mapping = augment.renamed_arguments(words, random.Random(seed))
+    assert list(mapping) == words
+    assert len({name.casefold() for name in mapping.values()}) == len(words)
+
+
+@given(seed=st.integers(), items=st.lists(st.integers().map(str), min_size=2, max_size=9, unique=True))
+def test_shuffled_apart_leaves_nothing_in_place(seed, items):
+    moved = augment.shuffled_apart(items, random.Random(seed))
+    assert sorted(moved) == sorted(items)
+    assert all(one != other for one, other in zip(moved, items, strict=True))
+
+
+def test_shortened_descriptions_stay_within_the_first_sentence():
+    text = "Search and preview millions of assets, for games and AR. Powered by X."
+    assert augment.first_sentence(text) == "Search and preview millions of assets, for games and AR."
+    for seed in range(30):
+        assert text.startswith(augment.shortened(text, random.Random(seed)))
+    assert augment.useful_when("Get the weather.", ["city", "startDate"]) == (
+        "useful when you want to get the weather. The input to this tool should be a comma separated string of 2, "
+        "representing the city and the start date."
+    )
+
+
+def test_every_phrase_can_be_filled():
+    rng = random.Random(0)
+    for _ in range(500):
+        request, answer = wording.small_talk(rng)
+        assert request
+        assert answer
+        assert "{" not in request + answer
+        assert "\n" not in request + answer
+        result = wording.tool_result("getThing", "Get it.", {"a": "b"} if rng.random() < 0.5 else {}, rng)
+        assert result
+        assert "\n" not in result
+        assert "{first}" not in wording.joined_request("Do this.", "Show me that", rng)
+    assert wording.joined_request("Play it", "Show me Rome", random.Random(1)).count(".") >= 1
