@@ -139,12 +139,13 @@ class GrammarMatcher:
         """
         tokens = list(token_ids)
         if not self._matcher.consume_tokens(tokens):
-            self._check()
-            raise GrammarError(f"the grammar does not allow the tokens {tokens} here")
+            raise GrammarError(
+                f"the grammar does not allow the tokens {tokens} here: {_brief(self._matcher.get_error())}"
+            )
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar can't go on: {_first_line(self._matcher.get_error())}")
+            raise GrammarError(f"the grammar can't go on: {_brief(self._matcher.get_error())}")
 
 
 _TOKENIZERS: "weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], llguidance.LLTokenizer]]" = (
@@ -179,12 +180,14 @@ def llguidance_tokenizer(
 def _checked_matcher(tokenizer: llguidance.LLTokenizer, source: str) -> llguidance.LLMatcher:
     matcher = llguidance.LLMatcher(tokenizer, source, log_level=0)
     if matcher.is_error():
-        raise GrammarError(f"the grammar can't be built: {_first_line(matcher.get_error())}")
+        raise GrammarError(f"the grammar can't be built: {_brief(matcher.get_error())}")
     return matcher
 
 
-def _first_line(message: str) -> str:
-    return message.strip().partition("\n")[0]
+def _brief(message: str) -> str:
+    """llguidance's message on one line, without its listing of the grammar."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not re.match(r"\d+ \||\^+$", line))
 
 
 @lru_cache(maxsize=32)
@@ -229,8 +232,8 @@ def _check_tool(tool: Tool, rules: list[str], start: str) -> None:
     source = "\n".join(["%llguidance {}", f"start: {start}", *rules])
     message = llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(source))
     if message:
-        cause = _first_line(message).partition("JSON schema: ")[2] or _first_line(message)
-        _refuse(tool, cause)
+        brief = _brief(message)
+        _refuse(tool, brief.partition("JSON schema: ")[2] or brief)
 
 
 def _refuse(tool: Tool, cause: str) -> NoReturn:

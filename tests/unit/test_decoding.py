@@ -73,7 +73,8 @@ FAMILIES = ["llama", "qwen", "gemma", "gemma1", "mistral_window"]
 def reference(model: PreTrainedModel, prompt: list[int], count: int = 12) -> tuple[int, ...]:
     """Greedy tokens by transformers' generate."""
     ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    generate: Any = model.generate
+    output = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return tuple(output[0, len(prompt) :].tolist())
 
 
