@@ -67,9 +67,9 @@ def test_direct_projection_follows_its_formula():
     inner = inner * torch.sigmoid(inner)
     for projection, (size_in, size_out) in SIDES.items():
         a, b = matrices[projection]
-        head_a, head_b = direct.a[projection], direct.b[projection]
-        torch.testing.assert_close(a[1, 2], (head_a.weight @ inner + head_a.bias).view(2, size_in))
-        torch.testing.assert_close(b[1, 2], (head_b.weight @ inner + head_b.bias).view(size_out, 2))
+        for given, side, shape in ((a, "a", (2, size_in)), (b, "b", (size_out, 2))):
+            weight, bias = (direct.get_parameter(f"{side}.{projection}.{part}") for part in ("weight", "bias"))
+            torch.testing.assert_close(given[1, 2], (weight @ inner + bias).view(shape))
 
 
 def test_direct_projection_starts_with_updates_of_zero():

@@ -1,6 +1,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 LAYERS, HIDDEN, WIDTH = SIZES["num_hidden_layers"], SIZES["hidden_size"], SIZES["intermediate_size"]
 TURNS = [Turn("What is 2 + 3?")]
 SHORT = Sampling(max_tokens=12)
+
+
+def transformers_tokens(edge: LanguageModel, special: SpecializedLM) -> list[int]:
+    """What transformers' own greedy decoding writes with the edge LM as it stands."""
+    prompt = torch.tensor([special.renderer.user_turn(TURNS)])
+    generate: Any = edge.model.generate
+    return generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
 
 
 def language_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -59,19 +67,17 @@ def test_tokens_are_those_of_the_merged_model_in_transformers(family, dtype):
     edge, weights = language_model(family, dtype), random_weights(1)
     special = SpecializedLM(edge, weights, registry("ruler"))
     (completion,) = special.generate([TURNS], SHORT, grammar=False)
-    prompt = torch.tensor([special.renderer.user_turn(TURNS)])
-    bare = edge.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    bare = transformers_tokens(edge, special)
     with weights.merge_into(edge.model):
-        merged = edge.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
-    assert list(completion.token_ids) == merged.tolist() != bare.tolist()
+        merged = transformers_tokens(edge, special)
+    assert list(completion.token_ids) == merged != bare
 
 
 def test_without_weights_it_is_the_bare_model():
     edge = language_model()
-    prompt = torch.tensor([SpecializedLM(edge, None, registry()).renderer.user_turn(TURNS)])
-    bare = edge.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
-    (completion,) = SpecializedLM(edge, None, registry()).generate([TURNS], SHORT, grammar=False)
-    assert list(completion.token_ids) == bare.tolist()
+    special = SpecializedLM(edge, None, registry())
+    (completion,) = special.generate([TURNS], SHORT, grammar=False)
+    assert list(completion.token_ids) == transformers_tokens(edge, special)
 
 
 def test_steps_are_held_to_the_registry():
@@ -112,8 +118,8 @@ def test_turn_ends_of_the_chat_template_stop_decoding():
     edge.model.generation_config.eos_token_id = None
     edge.tokenizer.eos_token = "<|endoftext|>"
     special = SpecializedLM(edge, None, registry())
-    ends = edge.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert special.decoder.stop_token_ids == set(ends)
+    ends = {edge.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}
+    assert special.decoder.stop_token_ids == ends
 
 
 def test_a_stream_can_be_cancelled():
