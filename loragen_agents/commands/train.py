@@ -26,7 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data:
         changes["data"] = tuple(arguments.data)
     recipe = Recipe.load(arguments.recipe)
-    recipe = Recipe(**{**recipe.model_dump(), **{name: value for name, value in changes.items() if value is not None}})
+    given = {name: value for name, value in changes.items() if value is not None}
+    recipe = Recipe.model_validate(recipe.model_dump() | given)
     folder = Path(arguments.out or Path("runs") / recipe_file(arguments.recipe).stem)
     with shown(silent if arguments.json else None) as progress:
         weights = train(recipe, folder, resume=arguments.resume, progress=progress)

@@ -73,7 +73,7 @@ class Recipe(_Strict):
         if not isinstance(content, dict):
             raise DataError(f"{path}: expected settings, one a line, as `steps: 800`")
         try:
-            return cls(**content)
+            return cls.model_validate(content)
         except ValidationError as error:
             where = "; ".join(
                 f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}" for problem in error.errors()

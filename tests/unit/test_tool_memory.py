@@ -113,7 +113,7 @@ def test_readings_stand_where_a_token_of_the_name_comes_next() -> None:
     readings = read_tools(model, renderer, TOOLS, LAYERS)
     for each, reading in zip(TOOLS, readings, strict=True):
         ids, count = reading_ids(renderer, each)
-        text = tiny_tokenizer().decode(ids)
+        text = str(tiny_tokenizer().decode(ids))
         assert description_as_request(each) in text and text.endswith(f" Yes\nAction: {each.name}\n")
         assert tiny_tokenizer().decode(reading.token_ids) == f" {each.name}\n"
         alone = capture_down_proj_inputs(model, LAYERS, torch.tensor([ids]))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from loragen_agents.training.trainer import sampler_options, train
 from tests.tiny_models import save_tiny_model
 
 THINGS = ["weather", "money", "music", "letters", "photos", "trains", "recipes", "plants"]
-GENERATOR = {"n_experts": 1, "expert_scope": "per_layer", "rank": 4, "alpha": 8.0, "memory_layers": 2}
+GENERATOR: dict[str, Any] = {"n_experts": 1, "expert_scope": "per_layer", "rank": 4, "alpha": 8.0, "memory_layers": 2}
 GENERATOR |= {"memory_common_rank": 4, "memory_key_rank": 4, "memory_value_rank": 4}
 
 
@@ -56,7 +57,7 @@ def recipe(edge: str, **changes) -> Recipe:
         "save_every": 3,
         "evaluation": {"every": 3, "episodes": 2, "tools": 2},
     }
-    return Recipe(**{**settings, **changes})
+    return Recipe.model_validate(settings | changes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -189,10 +190,20 @@ def test_the_recipes_that_ship_are_valid():
 
 def test_gpt4tools_data_trains_too(tmp_path):
     edge = save_tiny_model(tmp_path / "edge")
-    recipe = Recipe(
-        edge=str(edge), cloud=str(edge), dtype="float32", generator=GENERATOR, data=("gpt4tools-mini",), max_tokens=600,
-        sampler={"requests": 2, "tools": [4, 5]}, steps=2, warmup=0, evaluation={"every": 1, "episodes": 1},
-    )  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "edge": str(edge),
+            "cloud": str(edge),
+            "dtype": "float32",
+            "generator": GENERATOR,
+            "data": ["gpt4tools-mini"],
+            "max_tokens": 600,
+            "sampler": {"requests": 2, "tools": [4, 5]},
+            "steps": 2,
+            "warmup": 0,
+            "evaluation": {"every": 1, "episodes": 1},
+        }
+    )
     weights = train(recipe, tmp_path / "run")
     language_model = load_language_model(edge, dtype="float32")
     assert LoRAGenerator.load(weights, language_model, language_model).notes["step"] in (1, 2)
