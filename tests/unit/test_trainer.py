@@ -14,7 +14,7 @@ from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.language_models import load_language_model
 from loragen_agents.sharing import shared_renderer
 from loragen_agents.training.batches import PARTS
-from loragen_agents.training.data import Call, CallRecord, DataSet, ToolRecord
+from loragen_agents.training.data import Call, CallRecord, DataSet, Split, ToolRecord
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
 from loragen_agents.training.gpt4tools_episodes import gpt4tools_samplers
 from loragen_agents.training.recipe import Recipe
@@ -30,7 +30,7 @@ GENERATOR |= {"memory_common_rank": 4, "memory_key_rank": 4, "memory_value_rank"
 def data() -> DataSet:
     tools, calls = {}, []
     for number, thing in enumerate(THINGS):
-        split = "dev" if number >= 6 else "train"
+        split: Split = "dev" if number >= 6 else "train"
         schema = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
         tool = ToolRecord(f"t/{thing}", f"find_{thing}", f"Find {thing} in a place.", thing, "t", split, schema)
         tools[tool.id] = tool
@@ -76,11 +76,8 @@ def test_every_target_token_has_its_part(edge):
         text = load_language_model(edge).tokenizer.decode(named)
         assert text == ("" if isinstance(raw.gold, str) else f" {raw.gold.name}")
         if sample.action_place is not None:
-            assert (
-                load_language_model(edge)
-                .tokenizer.decode(sample.input_ids[: sample.action_place + 1])
-                .endswith("Action:")
-            )
+            so_far = str(load_language_model(edge).tokenizer.decode(sample.input_ids[: sample.action_place + 1]))
+            assert so_far.endswith("Action:")
 
 
 def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
