@@ -6,6 +6,7 @@ first call of each request. Knows nothing of models; how registries are drawn is
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from loragen_agents.bench.tasks import BenchSample, Task
 from loragen_agents.errors import DataError
 from loragen_agents.prompting import THOUGHT_QUESTION
-from loragen_agents.react import Answer, Step, ToolStep
+from loragen_agents.react import Answer, InvalidStep, Step, ToolStep
 from loragen_agents.registry import InputFormat, ToolRegistry
 from loragen_agents.training.data import CallRecord, DataSet, ToolRecord
 from loragen_agents.training.episodes import Sample, target_text
@@ -124,13 +125,24 @@ def score_call(sample: BenchSample, generated: str, step: Step) -> dict[str, flo
     action = None if isinstance(step, Answer) else step.action
     if action != gold.name:
         return {"tool": 0.0, "arguments_exact": 0.0, "arguments": 0.0, "call": 0.0}
-    if not isinstance(step, ToolStep):
+    arguments = step.arguments if isinstance(step, ToolStep) else _legible(step)
+    if arguments is None:
         return {"tool": 1.0, "arguments_exact": 0.0, "arguments": 0.0, "call": 0.0}
     unjudged = sample.registry[gold.name].required - gold.arguments.keys()
-    given = {name: value for name, value in step.arguments.items() if name not in unjudged}
+    given = {name: value for name, value in arguments.items() if name not in unjudged}
     exact = _share(gold.arguments, given, lambda a, b: type(a) is type(b) and a == b)
     close = _share(gold.arguments, given, lambda a, b: normalised(a) == normalised(b))
-    return {"tool": 1.0, "arguments_exact": exact, "arguments": close, "call": float(close == 1.0)}
+    valid = isinstance(step, ToolStep)
+    return {"tool": 1.0, "arguments_exact": exact, "arguments": close, "call": float(valid and close == 1.0)}
+
+
+def _legible(step: Step) -> dict[str, Any] | None:
+    """The arguments of a call that its schema refuses: they count one by one, though the call as a whole is wrong."""
+    try:
+        value = json.loads(step.action_input or "") if isinstance(step, InvalidStep) else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _share(gold: Mapping[str, Any], given: Mapping[str, Any], same: Callable[[Any, Any], bool]) -> float:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loragen_agents.bench.costs import PeakMemory, TurnCost, kv_cache_bytes, model_bytes
 from loragen_agents.bench.recipes import weights_of_task
@@ -27,10 +27,13 @@ from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.checkpoint import resolve
 from loragen_agents.language_models import LanguageModel, load_language_model
 from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import Turn
+from loragen_agents.prompting import PromptRenderer, Turn
 from loragen_agents.react import OBSERVATION_STOP
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization import specialize
+
+if TYPE_CHECKING:
+    from loragen_agents.edge.tool_choice import ToolScorer
 
 
 class ModelSession:
@@ -52,33 +55,65 @@ class ModelSession:
         self.setup_seconds = setup_seconds
         # The grammar ends a call by itself; free text is cut before the model invents the tool's report.
         self._sampling = sampling if row.grammar else replace(sampling, stop=(OBSERVATION_STOP,))
-        self._grammar = model.grammar() if row.grammar else None
         self._memory = PeakMemory(model.edge.device)
-        # Room for pinned prefixes only: what a turn read is gone before the next one.
-        model.decoder.prefixes = PrefixStore(entries=0)
+        # Room for pinned prefixes, and where tools are scored for the prompt at hand: a turn's own are gone before the
+        # next one.
+        model.decoder.prefixes = PrefixStore(entries=1 if row.choice else 0)
         if row.cached:
             started = time.perf_counter()
             model.decoder.read(self._prefix(), pin=True)
             self.setup_seconds = time.perf_counter() - started
+        self._scorer = self._make_scorer() if row.choice and len(registry) else None
 
     def write(self, turns: Sequence[Turn]) -> Written:
-        renderer = self.model.renderer
-        if self.row.definitions:
-            prompt = renderer.full_react(self.registry, turns, self.system_text)
-            text = renderer.full_react_text(self.registry, turns, self.system_text)
-        else:
-            prompt, text = renderer.user_turn(turns), renderer.user_turn_text(turns)
+        decoder = self.model.decoder
+        if not self.row.cached:
+            decoder.prefixes.clear()
+        prompt = self._prompt(turns)
         with self._memory.measure():
-            (completion,) = self.model.decoder.generate([prompt], self._sampling, self._grammar)
+            started = time.perf_counter()
+            if self._scorer is None:
+                grammar = self.model.grammar() if self.row.grammar else None
+                (completion,) = decoder.generate([prompt], self._sampling, grammar)
+                waited, cached = 0.0, completion.cached_tokens
+            else:
+                read = decoder.read(prompt)
+                chosen = self._scorer(read)
+                grammar = self.model.grammar(chosen.best if chosen.calls_tool >= 0.5 else "none")
+                waited, cached = time.perf_counter() - started, read.cached_tokens
+                (completion,) = decoder.generate([read], self._sampling, grammar)
         cost = TurnCost(
             completion.prompt_tokens,
-            completion.cached_tokens,
+            cached,
             len(completion.token_ids),
-            completion.first_token_seconds,
-            completion.seconds,
+            waited + completion.first_token_seconds,
+            waited + completion.seconds,
             self._memory.bytes,
         )
-        return Written(text, completion.text, completion.finish_reason, cost)
+        return Written(self._prompt_text(turns), completion.text, completion.finish_reason, cost)
+
+    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+        renderer = self.model.renderer
+        if self.row.definitions:
+            return renderer.full_react(self.registry, turns, self.system_text)
+        return renderer.user_turn(turns)
+
+    def _prompt_text(self, turns: Sequence[Turn]) -> str:
+        renderer = self.model.renderer
+        if self.row.definitions:
+            return renderer.full_react_text(self.registry, turns, self.system_text)
+        return renderer.user_turn_text(turns)
+
+    def _make_scorer(self) -> ToolScorer:
+        """The scorer of this row's prompts; working out its priors is part of getting ready."""
+        from loragen_agents.edge.tool_choice import ToolScorer
+
+        started = time.perf_counter()
+        renderer = cast(PromptRenderer, _RowPrompts(self)) if self.row.definitions else self.model.renderer
+        scorer = ToolScorer(self.model.decoder, renderer, self.registry)
+        assert len(scorer.priors) == len(self.registry)
+        self.setup_seconds = (self.setup_seconds or 0.0) + time.perf_counter() - started
+        return scorer
 
     def _prefix(self) -> list[int]:
         """What all prompts of this registry begin with."""
@@ -88,6 +123,14 @@ class ModelSession:
         )
         length = next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
         return one[:length]
+
+
+class _RowPrompts:
+    """What a `ToolScorer` asks of a renderer, with the row's own prompts: priors belong to them."""
+
+    def __init__(self, session: ModelSession) -> None:
+        self.user_turn = session._prompt
+        self.encode_text = session.model.renderer.encode_text
 
 
 class ModelEngine:

@@ -20,6 +20,9 @@ from loragen_agents.files import replacing
 Cells = list[list[str]]
 
 _NOTHING = "-"
+# Columns of the cost table that stand in the report alone.
+_KV, _PEAK, _TURN = "KV cache, MB", "Peak memory, MB", "Turn, ms (p95)"
+_FULL_ONLY = (_KV, _PEAK, _TURN)
 
 
 def quality_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
@@ -60,13 +63,13 @@ def cost_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
     headings = [
         "Row",
         "Prompt tokens",
-        "Compression",
+        "Ratio",
         "First token, ms (p95)",
-        "Turn, ms (p95)",
+        _TURN,
         "Tokens/s",
         f"Turn of {equal} tokens, ms",
-        "KV cache, MB",
-        "Peak memory, MB",
+        _KV,
+        _PEAK,
         "Set-up, ms",
         "Break-even, turns",
         "… against cached",
@@ -96,11 +99,23 @@ def cost_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
 
 
 def render(results: Mapping[str, Any]) -> RenderableType:
-    """All tables of a run for the terminal."""
-    parts: list[RenderableType] = [text_table(visible(results["task"]["title"]), *quality_table(results))]
+    """A run's tables for the terminal: scores, and of the costs what fits beside them."""
+    title = visible(results["task"]["title"])
+    headings, cells = quality_table(results)
+    names = list(results["rows"])
+    parts: list[RenderableType] = [
+        text_table(
+            f"{title}, % with 95% intervals", headings, [[n, *row[1:]] for n, row in zip(names, cells, strict=True)]
+        )
+    ]
     if by_source := group_table(results, "source"):
         parts.append(text_table("By source, %", *by_source))
-    parts.append(text_table("Cost", *cost_table(results)))
+    headings, cells = cost_table(results)
+    brief = [place for place, heading in enumerate(headings) if heading not in _FULL_ONLY]
+    parts.append(
+        text_table("Cost", [headings[place] for place in brief], [[row[place] for place in brief] for row in cells])
+    )
+    parts += [Text(visible(f"{name}: {row['title']}"), style="dim") for name, row in results["rows"].items()]
     parts += [Text(visible(line)) for line in missing_lines(results)]
     return Group(*parts)
 
@@ -164,7 +179,8 @@ def text_table(title: str, headings: Sequence[str], cells: Cells) -> Table:
     """A table for the terminal; what stands in the cells is shown as it is, control characters as escapes."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        first = number == 0
+        table.add_column(heading, justify="left" if first else "right", overflow="fold", no_wrap=first)
     for row in cells:
         # An interval stands under its mean, so that the table fits a terminal.
         table.add_row(*(Text(visible(cell).replace(" [", "\n[")) for cell in row))

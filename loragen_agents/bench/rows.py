@@ -85,7 +85,8 @@ class Row:
 
     @property
     def grammar(self) -> bool:
-        return "grammar" in self.options
+        """Whether the text is held to the grammar; with `+choice` it holds the chosen tool's arguments."""
+        return "grammar" in self.options or self.choice
 
     @property
     def choice(self) -> bool:

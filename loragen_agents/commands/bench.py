@@ -274,8 +274,9 @@ def _mini(arguments: argparse.Namespace) -> int:
 def _show(tables: Any) -> None:
     from loragen_agents.console import results
 
-    # Into a pipe or a file the tables go as wide as they are.
-    results.print(tables, width=None if results.is_terminal else 250, crop=False)
+    if not results.is_terminal:  # into a pipe or a file the tables go as wide as they are
+        results.width = 250
+    results.print(tables)
 
 
 def _engine(arguments: argparse.Namespace, task: str) -> "ModelEngine":

@@ -115,6 +115,9 @@ def call_text(arguments: str, name: str = "book") -> str:
             (1, 2 / 3, 1, 1),
         ),
         ({"city": "Oslo", "nights": 2}, "Oslo for two nights", (1, 0, 0, 0)),
+        # A call without an argument that the schema requires is no call, but what it has right counts.
+        ({"city": "Oslo", "nights": 2}, '{"city": "Oslo"}', (1, 0.5, 0.5, 0)),
+        ({"city": "Oslo"}, '{"city": "Oslo"}', (1, 1, 1, 0)),
     ],
 )
 def test_calls_by_the_rules(gold: dict[str, Any], arguments: str, expected: tuple[float, ...]) -> None:

@@ -105,6 +105,18 @@ def test_grammar_rows_write_steps(engine: ModelEngine) -> None:
     assert not isinstance(step, InvalidStep) or written.finish == "length"
 
 
+def test_scored_choice_writes_a_step_of_the_chosen_tool(engine: ModelEngine) -> None:
+    registry = mini_registry("unseen")
+    for name in ("lora-gen+choice", "definitions+choice", "definitions+cached+choice"):
+        session = engine.open(row_from_name(name), registry, "")
+        one, two = session.write(TURNS), session.write(TURNS)
+        assert one.text == two.text and one.text.startswith((" Yes\nAction: ", " No\nAI: "))
+        assert one.cost.prompt_tokens == two.cost.prompt_tokens
+        # Nothing is left from the turn before but the definitions, where they are kept.
+        assert two.cost.cached_tokens == one.cost.cached_tokens or name.startswith("definitions+cached")
+        assert (one.cost.cached_tokens > 0) == name.startswith("definitions+cached")
+
+
 def test_rows_without_weights_name_their_command(engine: ModelEngine) -> None:
     missing = engine.missing(rows_from_names(ROWS.split(",")))
     assert list(missing) == ["lora-gen-trained"] and "loragen-agents train" in missing["lora-gen-trained"]
