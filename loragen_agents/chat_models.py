@@ -378,11 +378,15 @@ class LoRAGenChatModel(BaseChatModel):
         step = reader.close(cut_off=not complete)
         if isinstance(step, Answer):
             step = Answer(answer.text)
+        metadata = self._metadata(
+            call, step, conversation, specialization, completion, complete, time.perf_counter() - started
+        )
+        if decoding.tools is not None:
+            metadata["tool_call_probability"] = decoding.tools.calls_tool
+            metadata["tool_probabilities"] = decoding.tools.tools
         yield _Outcome(
             step,
-            self._metadata(
-                call, step, conversation, specialization, completion, complete, time.perf_counter() - started
-            ),
+            metadata,
             UsageMetadata(
                 input_tokens=completion.prompt_tokens,
                 output_tokens=len(completion.token_ids),

@@ -6,15 +6,17 @@ the weights come from, and LangChain, are not this module's business.
 """
 
 import threading
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
-from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder
+from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.sampling import Sampling
+from loragen_agents.edge.tool_choice import ToolProbabilities, ToolScorer
 from loragen_agents.language_models import LanguageModel
 from loragen_agents.lora_weights import LoRAWeights
 from loragen_agents.prompting import Turn
@@ -44,6 +46,7 @@ class SpecializedLM:
         self.decoder = Decoder(self.model, edge.tokenizer)
         # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
         self.decoder.stop_token_ids |= frozenset(self.renderer.end_token_ids)
+        self.scorer = ToolScorer(self.decoder, self.renderer, registry)
         self._grammars: dict[ToolChoice, ToolGrammar] = {}
         self._lock = threading.Lock()
 
@@ -54,11 +57,14 @@ class SpecializedLM:
         *,
         grammar: bool = True,
         tool_choice: ToolChoice = "auto",
+        score_tools: bool = True,
         cancel: threading.Event | None = None,
-    ) -> CompletionStream:
+    ) -> "StepCompletionStream":
         """Decode the next step of a conversation, piece by piece: what follows `THOUGHT_QUESTION`.
 
         grammar: hold the step to the registry's names and schemas; without it, text is free and `tool_choice` unused.
+        score_tools: where the model has to choose among tools, under the grammar and greedily, score all of them (see
+            `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities.
         A step ends behind a tool call (`Observation:` is not part of it), or with the answer.
 
         Raises:
@@ -66,8 +72,13 @@ class SpecializedLM:
             GrammarError: the registry or the tool choice can't be turned into a grammar.
         """
         prompt = self.renderer.user_turn(turns)
-        held = self.grammar(tool_choice) if grammar else None
-        return self.decoder.stream(prompt, self._sampling(sampling, grammar), held, cancel)
+        sampling = self._sampling(sampling, grammar)
+        if not grammar:
+            return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
+        if not (score_tools and self._has_choice(sampling, tool_choice)):
+            return StepCompletionStream(self.decoder.stream(prompt, sampling, self.grammar(tool_choice), cancel))
+        scored = self._score(prompt, tool_choice)
+        return StepCompletionStream(self.decoder.stream(scored.read, sampling, scored.grammar, cancel), scored)
 
     def generate(
         self,
@@ -76,12 +87,31 @@ class SpecializedLM:
         *,
         grammar: bool = True,
         tool_choice: ToolChoice = "auto",
+        score_tools: bool = True,
         cancel: threading.Event | None = None,
     ) -> list[Completion]:
         """Decode the next step of several conversations in batches. Arguments and errors as `stream`."""
         prompts = [self.renderer.user_turn(turns) for turns in conversations]
-        held = self.grammar(tool_choice) if grammar else None
-        return self.decoder.generate(prompts, self._sampling(sampling, grammar), held, cancel)
+        sampling = self._sampling(sampling, grammar)
+        if not grammar:
+            return self.decoder.generate(prompts, sampling, None, cancel)
+        if not (score_tools and self._has_choice(sampling, tool_choice)):
+            return self.decoder.generate(prompts, sampling, self.grammar(tool_choice), cancel)
+        scored = [self._score(prompt, tool_choice) for prompt in prompts]
+        reads, grammars = [one.read for one in scored], [one.grammar for one in scored]
+        completions = self.decoder.generate(reads, sampling, grammars, cancel)
+        return [one.completed(completion) for one, completion in zip(scored, completions, strict=True)]
+
+    def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice) -> bool:
+        return sampling.temperature == 0 and tool_choice in ("auto", "any") and len(self.registry) > 1
+
+    def _score(self, prompt: Sequence[int], tool_choice: ToolChoice) -> "_Scored":
+        """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen."""
+        started = time.perf_counter()
+        read = self.decoder.read(prompt)
+        tools = self.scorer(read)
+        chosen = "none" if tool_choice == "auto" and tools.calls_tool < 0.5 else tools.best
+        return _Scored(read, self.grammar(chosen), tools, time.perf_counter() - started)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.
@@ -101,3 +131,39 @@ class SpecializedLM:
         sampling = sampling or Sampling()
         # The grammar ends a call by itself; free text has to be cut before the model invents the tool's report.
         return sampling if grammar else replace(sampling, stop=(*sampling.stop, OBSERVATION_STOP))
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A prompt that was read and whose tool is chosen; seconds: what that took."""
+
+    read: ReadPrompt
+    grammar: ToolGrammar
+    tools: ToolProbabilities
+    seconds: float
+
+    def completed(self, completion: Completion) -> Completion:
+        """The completion with the reading and choosing counted in."""
+        return replace(
+            completion,
+            cached_tokens=self.read.cached_tokens,
+            first_token_seconds=self.seconds + completion.first_token_seconds,
+            seconds=self.seconds + completion.seconds,
+        )
+
+
+class StepCompletionStream(CompletionStream):
+    """A step while it is generated.
+
+    tools: where the tool was chosen by scoring all of them, the probabilities that it was chosen by, else None.
+    """
+
+    def __init__(self, stream: CompletionStream, scored: _Scored | None = None) -> None:
+        super().__init__(stream._run)
+        self._scored = scored
+        self.tools = scored.tools if scored is not None else None
+
+    @property
+    def completion(self) -> Completion:
+        whole = super().completion
+        return whole if self._scored is None else self._scored.completed(whole)

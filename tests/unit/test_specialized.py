@@ -107,7 +107,13 @@ def test_streaming_gives_what_a_batch_gives():
 def test_free_text_ends_before_the_tools_report(monkeypatch):
     special = SpecializedLM(language_model(), None, registry("ruler"))
     seen = []
-    monkeypatch.setattr(special.decoder, "stream", lambda prompt, sampling, grammar, cancel: seen.append(sampling))
+    stream = special.decoder.stream
+
+    def watched(prompt, sampling, grammar, cancel):
+        seen.append(sampling)
+        return stream(prompt, sampling, grammar, cancel)
+
+    monkeypatch.setattr(special.decoder, "stream", watched)
     special.stream(TURNS, Sampling(stop=("END",)), grammar=False)
     special.stream(TURNS, Sampling(stop=("END",)))
     assert [sampling.stop for sampling in seen] == [("END", "\nObservation:"), ("END",)]

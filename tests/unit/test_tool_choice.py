@@ -1,0 +1,87 @@
+"""Choosing a tool by scoring all names: the figures, and what a specialised model makes of them."""
+
+import pytest
+import torch
+
+from loragen_agents.edge.sampling import Sampling
+from loragen_agents.edge.specialized import SpecializedLM
+from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ToolScorer
+from loragen_agents.prompting import Turn
+from loragen_agents.react import Answer, ToolStep, parse_step
+from tests.unit.test_specialized import language_model, random_weights, registry
+
+TURNS = [Turn("How long is the table?")]
+NAMES = ("find", "find_all", "ruler", "weather report")
+
+
+@pytest.fixture(scope="module")
+def special() -> SpecializedLM:
+    return SpecializedLM(language_model(), random_weights(3), registry(*NAMES))
+
+
+def log_probability(special: SpecializedLM, prompt: list[int], continuation: list[int]) -> float:
+    """One plain forward pass for one continuation."""
+    with torch.no_grad():
+        logits = special.model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0]
+    places = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+    return sum(logits[place].log_softmax(-1)[token].item() for place, token in zip(places, continuation, strict=True))
+
+
+def name_scores(special: SpecializedLM, request: str) -> list[float]:
+    renderer = special.renderer
+    prompt = renderer.user_turn([Turn(request)]) + renderer.encode_text(" Yes\nAction:")
+    return [log_probability(special, prompt, renderer.encode_text(f" {name}\n")) for name in NAMES]
+
+
+def test_priors_are_mean_scores_behind_requests_that_call_for_nothing(special):
+    scores = torch.tensor([name_scores(special, request) for request in NEUTRAL_REQUESTS])
+    torch.testing.assert_close(torch.tensor(special.scorer.priors), scores.mean(dim=0), atol=1e-3, rtol=1e-3)
+
+
+def test_probabilities_are_scores_less_priors(special):
+    prompt = special.renderer.user_turn(TURNS)
+    found = special.scorer(special.decoder.read(prompt))
+    expected = (torch.tensor(name_scores(special, TURNS[0].request)) - torch.tensor(special.scorer.priors)).softmax(0)
+    torch.testing.assert_close(torch.tensor(list(found.tools.values())), expected, atol=1e-3, rtol=1e-3)
+    assert list(found.tools) == list(NAMES) and found.best == NAMES[int(expected.argmax())]
+    yes, no = (log_probability(special, prompt, special.renderer.encode_text(word)[:1]) for word in (" Yes", " No"))
+    assert found.calls_tool == pytest.approx(torch.tensor([yes, no]).softmax(0)[0].item(), abs=1e-3)
+
+
+def test_priors_that_are_given_are_not_worked_out_again(special):
+    scorer = ToolScorer(special.decoder, special.renderer, special.registry, priors=[0.0, -1e3, 1e3, 0.0])
+    assert scorer(special.decoder.read(special.renderer.user_turn(TURNS))).best == "find_all"
+
+
+def test_the_chosen_tool_is_the_one_that_is_called(special):
+    stream = special.stream(TURNS, Sampling(max_tokens=40), tool_choice="any")
+    text = "".join(stream)
+    assert stream.tools is not None
+    step = parse_step(text, special.registry)
+    assert isinstance(step, ToolStep) and step.action == stream.tools.best
+    (completion,) = special.generate([TURNS], Sampling(max_tokens=40), tool_choice="any")
+    assert completion.text == text == stream.completion.text
+    assert completion.first_token_seconds > 0 and completion.cached_tokens <= completion.prompt_tokens
+
+
+def test_the_decision_follows_its_probability(special):
+    stream = special.stream(TURNS, Sampling(max_tokens=40))
+    text = "".join(stream)
+    assert stream.tools is not None
+    step = parse_step(text, special.registry, cut_off=stream.completion.finish_reason == "length")
+    assert isinstance(step, Answer) == (stream.tools.calls_tool < 0.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"score_tools": False},
+        {"grammar": False},
+        {"tool_choice": "ruler"},
+        {"tool_choice": "none"},
+        {"sampling": Sampling(max_tokens=8, temperature=1.0, seed=1)},
+    ],
+)
+def test_nothing_is_scored_where_there_is_no_choice_to_make(special, settings):
+    stream = special.stream(TURNS, **{"sampling": Sampling(max_tokens=8), **settings})
+    assert stream.tools is None and "".join(stream) == stream.completion.text
