@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.language_models import LanguageModel, cache_folder, gated_ffn_layers, load_language_model
 from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import Turn
+from loragen_agents.prompting import PromptRenderer, Turn
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.sharing import shared_renderer
 
@@ -160,7 +160,7 @@ def specialize(
         OSError: the cache folder can't be written.
     """
     renderer = shared_renderer(edge.tokenizer)
-    definitions = renderer.definitions(registry, system_text)
+    definitions = _definitions(renderer, registry, system_text)
     key = _key(registry, definitions, edge, cloud, generator)
 
     def make() -> Specialization:
@@ -188,6 +188,12 @@ def specialize(
 def forget_specializations() -> None:
     """Let go of the specialised models in memory. Those on disk stay."""
     _specializations.clear()
+
+
+@lru_cache(maxsize=32)
+def _definitions(renderer: PromptRenderer, registry: ToolRegistry, system_text: str) -> str:
+    # They are asked for at every step of an agent, and rendering them for 29 tools takes as long as reading a prompt.
+    return renderer.definitions(registry, system_text)
 
 
 def _key(

@@ -1,0 +1,40 @@
+"""Specialising the embedded model with the generator that ships: what is kept comes back fast, and the same."""
+
+import time
+
+import pytest
+
+from loragen_agents import ToolRegistry
+from loragen_agents.content import content_folder
+from loragen_agents.prompting import Turn
+from loragen_agents.specialization import forget_specializations, shared_generator, specialize
+
+
+@pytest.fixture(scope="module")
+def registry() -> ToolRegistry:
+    """The 29 tools of GPT4Tools."""
+    parts = [ToolRegistry.from_yaml(content_folder("tools") / f"gpt4tools_{part}.yaml") for part in ("seen", "unseen")]
+    return ToolRegistry([tool for part in parts for tool in part], input_format="csv")
+
+
+def test_a_kept_specialisation_loads_within_half_a_second(embedded_model, registry, tmp_path, monkeypatch):
+    # The models are loaded already; what is kept goes to a folder of this test.
+    generator = shared_generator("default", cloud=embedded_model, edge=embedded_model)
+    monkeypatch.setenv("LORAGEN_AGENTS_CACHE", str(tmp_path))
+    parts = {"edge": embedded_model, "cloud": embedded_model, "generator": generator}
+    forget_specializations()
+    made = specialize(registry, **parts)
+    assert made.source == "generated"
+    turns = [Turn("Please tell me what can be seen in images/a.png")]
+    expected = made.model.generate([turns])[0].token_ids
+    seconds = []
+    for _ in range(3):
+        forget_specializations()
+        # CPU seconds of all threads: no less than the wall clock shows on a machine that does nothing else.
+        started = time.process_time()
+        loaded = specialize(registry, **parts)
+        seconds.append(time.process_time() - started)
+        assert loaded.source == "disk"
+    assert min(seconds) < 0.5
+    assert loaded.model.generate([turns])[0].token_ids == expected
+    forget_specializations()
