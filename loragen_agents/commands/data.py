@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 NAME = "data"
 HELP = "build, check and look at training data"
 
-SOURCES = ("computer", "seal-tools", "metatool", "sgd")
+SOURCES = ("computer", "described", "seal-tools", "metatool", "sgd")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     build = actions.add_parser("build", help="build tools.jsonl and calls_*.jsonl from a source")
-    build.add_argument("--source", choices=SOURCES, required=True, help="computer: the project's own tools")
-    build.add_argument("--input", type=Path, metavar="FOLDER", help="checkout of the source (not for computer)")
+    build.add_argument(
+        "--source",
+        choices=SOURCES,
+        required=True,
+        help="computer: the project's own tools; described: requests made from descriptions",
+    )
+    build.add_argument(
+        "--input", type=Path, metavar="FOLDER", help="checkout of the source; for described, a data folder"
+    )
     build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    build.add_argument("--copies", type=int, default=4, metavar="N", help="computer: fillings a template (default: 4)")
-    build.add_argument("--seed", type=int, default=0, help="computer: of the fillings (default: 0)")
+    build.add_argument(
+        "--copies", type=int, metavar="N", help="computer: requests a template (4); described: requests a tool (3)"
+    )
+    build.add_argument("--seed", type=int, default=0, help="computer, described: of the values (default: 0)")
 
     check = actions.add_parser("check", help="read data folders and count what is in them")
     check.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
@@ -42,14 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     from loragen_agents.console import say
     from loragen_agents.errors import DataError
-    from loragen_agents.training.data import write_data
+    from loragen_agents.training.data import load_data, write_data
+    from loragen_agents.training.described import build_described
     from loragen_agents.training.readers import READERS
     from loragen_agents.training.templates import build_computer_tools
 
     if arguments.source == "computer":
-        data = build_computer_tools(copies=arguments.copies, seed=arguments.seed)
+        data = build_computer_tools(copies=arguments.copies or 4, seed=arguments.seed)
     elif arguments.input is None:
-        raise DataError(f"--source {arguments.source} needs --input FOLDER, a checkout of the original data")
+        raise DataError(f"--source {arguments.source} needs --input FOLDER, what it is made from; see --help")
+    elif arguments.source == "described":
+        data = build_described(load_data(arguments.input), copies=arguments.copies or 3, seed=arguments.seed)
     else:
         data = READERS[arguments.source](arguments.input)
     write_data(data, arguments.out)

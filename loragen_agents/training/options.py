@@ -48,7 +48,13 @@ class SamplerOptions:
     gold_tools: tuple[int, int] = (2, 5)
     requests: int = 8
     sources: Choices = field(
-        default_factory=lambda: {"seal-tools": 0.28, "metatool": 0.22, "sgd": 0.25, "computer": 0.25}
+        default_factory=lambda: {
+            "seal-tools": 0.24,
+            "metatool": 0.2,
+            "sgd": 0.22,
+            "computer": 0.24,
+            "described": 0.1,
+        }
     )
     other_sources: float = 0.1
     mixed_sources: float = 0.4

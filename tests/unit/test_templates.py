@@ -7,7 +7,17 @@ import pytest
 
 from loragen_agents.cli import main
 from loragen_agents.errors import DataError
-from loragen_agents.training.data import check_calls, fits_type, load_data
+from loragen_agents.training.data import (
+    Call,
+    CallRecord,
+    DataSet,
+    ToolRecord,
+    check_calls,
+    fits_type,
+    load_data,
+    states,
+    write_data,
+)
 from loragen_agents.training.templates import MIN_TEMPLATES, build_computer_tools, read_computer_tools
 
 LINES = [f"    ask for it in way number {number} with {{name}}" for number in range(MIN_TEMPLATES)]
@@ -122,3 +132,33 @@ def _marks_left(query: str, arguments: dict) -> set[str]:
     for value in sorted(map(str, arguments.values()), key=len, reverse=True):
         query = query.replace(value, "")
     return set("{}|<") & set(query)
+
+
+def test_descriptions_become_requests_that_state_every_argument(tmp_path):
+    properties = {
+        "bridge_id": {"type": "string", "description": "The ID of the bridge"},
+        "unit": {"type": "string", "description": "The unit (e.g., metres, feet)"},
+        "year": {"type": "integer", "description": "The year"},
+        "load": {"type": "number", "description": "The load in tonnes (e.g., 1.5)"},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["bridge_id", "unit"]}
+
+    def tool(name: str, split: str = "train", description: str = "Retrieve the length of a bridge") -> ToolRecord:
+        return ToolRecord(name, name, description, "Bridges", "seal-tools", split, parameters)  # type: ignore[arg-type]
+
+    tools = [tool("free"), tool("called"), tool("held", "dev"), tool("noun", description="bridges")]
+    call = CallRecord("How long?", (Call("called", {"bridge_id": "x", "unit": "feet"}),), "seal-tools", "train")
+    write_data(DataSet({tool.id: tool for tool in tools}, (call,)), tmp_path / "in")
+    arguments = ["data", "build", "--source", "described", "--copies", "30", "--input", str(tmp_path / "in")]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    made = load_data(tmp_path / "out")
+    assert list(made.tools) == ["free"]
+    assert len(made.calls) > 20
+    for record in made.calls:
+        (gold,) = record.calls
+        assert {"bridge_id", "unit"} <= gold.arguments.keys()
+        assert gold.arguments["unit"] in ("metres", "feet")
+        assert all(fits_type(value, properties[name]) for name, value in gold.arguments.items())
+        assert all(states(record.query, value) for value in gold.arguments.values()), record
+        assert "the length of a bridge" in record.query
+        assert not set("<>{}") & set(record.query)
