@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from loragen_agents.edge.decoding import Sampling
+from loragen_agents.edge.sampling import Sampling
 from loragen_agents.errors import PromptError, RegistryError
 from loragen_agents.registry import InputFormat, ToolRegistry
 

@@ -38,12 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
         made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator)
         progress("Decoding", None)
         started = time.perf_counter()
-        (completion,) = made.model.generate(
-            [[Turn(arguments.request)]],
+        decoding = made.model.stream(
+            [Turn(arguments.request)],
             settings.sampling,
             grammar=settings.grammar,
             tool_choice=settings.tool_choice,
         )
+        for _ in decoding:
+            pass
+        completion = decoding.completion
         seconds = time.perf_counter() - started
     step = parse_step(completion.text, registry, cut_off=completion.finish_reason != "stop")
     prompt = completion.prompt_tokens
@@ -60,6 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         "step_ms": round(seconds * 1000, 1),
         "untrained": made.weights_are_zero,
     }
+    if decoding.tools is not None:
+        report["tool_call_probability"] = decoding.tools.calls_tool
+        report["tool_probabilities"] = decoding.tools.tools
     if arguments.json:
         print_json(report)
     else:
@@ -116,5 +122,9 @@ def _show(report: dict[str, Any]) -> None:
         f"{report['generated_tokens']} tokens in {report['step_ms']:.0f} ms",
         style="dim",
     )
+    if "tool_probabilities" in report:
+        likeliest = sorted(report["tool_probabilities"].items(), key=lambda one: -one[1])[:3]
+        names = ", ".join(f"{name} {probability:.0%}" for name, probability in likeliest)
+        say(f"some tool {report['tool_call_probability']:.0%}; likeliest: {names}", style="dim")
     if report["untrained"]:
         say(UNTRAINED, style="yellow")

@@ -97,6 +97,14 @@ def test_ask_shows_an_answer_and_remembers_the_registry(options, capsys):
     assert runs[1]["specialize_ms"] == 0
 
 
+def test_ask_tells_the_probabilities_of_the_tools(options, capsys):
+    assert cli.main(["ask", *options, "Hello", "--max-tokens", "12", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tool_probabilities"].keys() == {"roll", "pick"}
+    assert sum(report["tool_probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert 0 <= report["tool_call_probability"] <= 1
+
+
 def test_ask_shows_what_it_cannot_read(options, capsys):
     assert cli.main(["ask", *options, "Hello", "--no-grammar", "--max-tokens", "4"]) == 0
     assert "can't be read" in capsys.readouterr().out
