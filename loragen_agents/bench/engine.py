@@ -111,7 +111,8 @@ class ModelSession:
         started = time.perf_counter()
         renderer = cast(PromptRenderer, _RowPrompts(self)) if self.row.definitions else self.model.renderer
         scorer = ToolScorer(self.model.decoder, renderer, self.registry)
-        assert len(scorer.priors) == len(self.registry)
+        if scorer.prior_weight:
+            assert len(scorer.priors) == len(self.registry)
         self.setup_seconds = (self.setup_seconds or 0.0) + time.perf_counter() - started
         return scorer
 

@@ -358,9 +358,12 @@ def _fits_csv(text: str) -> bool:
 
 
 def _text_regex(schema: Mapping[str, Any], commas: bool) -> str:
-    """A value begins and ends with something to see that is no comma, since the parser strips blanks around commas."""
+    """A value begins and ends with something to see that is no comma, since the parser strips blanks around commas.
+
+    It does not begin with a brace: a model that was trained on both formats would slip into JSON there.
+    """
     inner = "" if commas else ","
-    regex = rf"/[^\s,{_BREAKS}]([^{inner}{_BREAKS}]*[^\s,{_BREAKS}])?/"
+    regex = rf"/[^\s,{{{_BREAKS}]([^{inner}{_BREAKS}]*[^\s,{_BREAKS}])?/"
     if "minLength" in schema or "maxLength" in schema:
         regex += f" & /(?s:.){{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}/"
     return regex

@@ -1,9 +1,8 @@
-"""Which tool a request calls for: all names scored in one batch, less what each name is worth without a request.
+"""Which tool a request calls for: all names scored in one batch behind `Action:`.
 
-A small model's free spelling of a name follows how likely the name is as text. Scored as a whole behind `Action:`, and
-less its prior (its score behind requests that call for nothing), a name counts for what the weights know of its tool.
-It costs no prompt tokens and gives a probability for every tool, and for calling none. Knows a decoder and prompts; not
-how steps are generated.
+It costs no prompt tokens and gives a probability for every tool, and for calling none. Where weights say little of the
+tools, names win that are likely as text; a share of each name's prior (its score behind requests that call for nothing)
+can be taken off for that. Knows a decoder and prompts; not how steps are generated.
 """
 
 from collections.abc import Sequence
@@ -36,6 +35,8 @@ class ToolProbabilities:
 class ToolScorer:
     """Scores the tools of one registry with the decoder of its specialised model. Safe to use from several threads.
 
+    prior_weight: the share of a name's prior that is taken off its score. With the generator that ships, none is best
+        for real names.
     priors: what `priors` of an earlier scorer of the same specialisation gave; worked out when first needed otherwise.
     """
 
@@ -44,8 +45,11 @@ class ToolScorer:
         decoder: Decoder,
         renderer: PromptRenderer,
         registry: ToolRegistry,
+        *,
+        prior_weight: float = 0.0,
         priors: Sequence[float] | None = None,
     ) -> None:
+        self.prior_weight = prior_weight
         self._decoder, self._renderer, self._registry = decoder, renderer, registry
         self._call = renderer.encode_text(_CALL)
         self._yes, self._no = (renderer.encode_text(text)[0] for text in (_YES, _NO))
@@ -67,7 +71,9 @@ class ToolScorer:
     def __call__(self, prompt: ReadPrompt) -> ToolProbabilities:
         """Probabilities behind a prompt that ends in `THOUGHT_QUESTION`."""
         decision = torch.softmax(prompt.logits[[self._yes, self._no]].float(), dim=0)[0].item()
-        scores = torch.tensor(self._scores(prompt.token_ids)) - torch.tensor(self.priors)
+        scores = torch.tensor(self._scores(prompt.token_ids))
+        if self.prior_weight:
+            scores -= self.prior_weight * torch.tensor(self.priors)
         shares = torch.softmax(scores, dim=0).tolist()
         return ToolProbabilities(decision, dict(zip(self._registry.names, shares, strict=True)))
 

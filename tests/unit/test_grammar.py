@@ -343,6 +343,13 @@ def test_a_schema_that_refers_to_itself() -> None:
     assert not accepts(grammar, call("t", '{"x": {"next": {"next": 1, "name": "b"}, "name": "a"}}'))
 
 
+def test_a_csv_text_does_not_slip_into_json() -> None:
+    grammar = ToolGrammar(CSV, TOKENIZER)
+    name = CSV.tools[0].name
+    assert accepts(grammar, call(name, "x y, a {b}"))
+    assert not accepts(grammar, call(name, '{"path": "x y"}, a'))
+
+
 def test_the_shipped_registries_have_grammars() -> None:
     for path in sorted(content_folder("tools").glob("*.yaml")):
         registry = ToolRegistry.from_yaml(path)

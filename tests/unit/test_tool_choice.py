@@ -38,10 +38,13 @@ def test_priors_are_mean_scores_behind_requests_that_call_for_nothing(special):
     torch.testing.assert_close(torch.tensor(special.scorer.priors), scores.mean(dim=0), atol=1e-3, rtol=1e-3)
 
 
-def test_probabilities_are_scores_less_priors(special):
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_probabilities_are_scores_less_the_share_of_priors(special, weight):
     prompt = special.renderer.user_turn(TURNS)
-    found = special.scorer(special.decoder.read(prompt))
-    expected = (torch.tensor(name_scores(special, TURNS[0].request)) - torch.tensor(special.scorer.priors)).softmax(0)
+    scorer = ToolScorer(special.decoder, special.renderer, special.registry, prior_weight=weight)
+    found = scorer(special.decoder.read(prompt))
+    scores = torch.tensor(name_scores(special, TURNS[0].request))
+    expected = (scores - weight * torch.tensor(scorer.priors)).softmax(0)
     torch.testing.assert_close(torch.tensor(list(found.tools.values())), expected, atol=1e-3, rtol=1e-3)
     assert list(found.tools) == list(NAMES) and found.best == NAMES[int(expected.argmax())]
     yes, no = (log_probability(special, prompt, special.renderer.encode_text(word)[:1]) for word in (" Yes", " No"))
@@ -49,7 +52,9 @@ def test_probabilities_are_scores_less_priors(special):
 
 
 def test_priors_that_are_given_are_not_worked_out_again(special):
-    scorer = ToolScorer(special.decoder, special.renderer, special.registry, priors=[0.0, -1e3, 1e3, 0.0])
+    scorer = ToolScorer(
+        special.decoder, special.renderer, special.registry, prior_weight=1.0, priors=[0.0, -1e3, 1e3, 0.0]
+    )
     assert scorer(special.decoder.read(special.renderer.user_turn(TURNS))).best == "find_all"
 
 
