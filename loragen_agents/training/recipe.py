@@ -54,6 +54,7 @@ class Recipe(_Strict):
     clip: float = Field(1.0, gt=0)
     seed: int = 0
     save_every: int = Field(50, ge=1)
+    log_every: int = Field(10, ge=1)
     evaluation: Evaluation = Field(default_factory=Evaluation)  # type: ignore[arg-type]
 
     @classmethod

@@ -9,6 +9,7 @@ have seen.
 import json
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,6 +196,8 @@ def train(
         model.set_background(
             [tokenize_episode(renderer, sampler.episode(n), max_tokens=recipe.max_tokens) for n in _BACKGROUND]
         )
+    on_cpu = edge.model.device.type == "cpu"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
@@ -205,7 +208,7 @@ def train(
         lr_scheduler_kwargs={"min_lr_rate": 0.03},
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup,
-        logging_steps=10,
+        logging_steps=recipe.log_every,
         save_steps=recipe.save_every,
         save_total_limit=2,
         eval_strategy="steps",
@@ -215,7 +218,9 @@ def train(
         remove_unused_columns=False,
         report_to=["tensorboard"] if find_spec("tensorboard") else [],
         seed=recipe.seed,
-        use_cpu=edge.model.device.type == "cpu",
+        use_cpu=on_cpu,
+        # Named without need, the backend would have Accelerate look for a process group that nobody has made.
+        ddp_backend="gloo" if on_cpu and several else None,
     )
     processes = max(1, arguments.world_size)
     trainer = GeneratorTrainer(
