@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from loragen_agents.cpu import cpu_computes_bf16
+from loragen_agents.edge.forward import arrange_weights
 from loragen_agents.errors import ModelLoadError
 from loragen_agents.fingerprints import weight_files
 from loragen_agents.model_cache import StoredModel, cache_folder, obtain_model
@@ -99,7 +101,7 @@ def choose_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.bfloat16
-    if _cpu_computes_bf16() or 2 * stored_bytes > psutil.virtual_memory().available / 2:
+    if cpu_computes_bf16() or 2 * stored_bytes > psutil.virtual_memory().available / 2:
         return torch.bfloat16
     return torch.float32
 
@@ -157,6 +159,8 @@ def _load(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Lang
         reason = "it needs code of its own, which is never run" if "trust_remote_code" in str(error) else str(error)
         raise ModelLoadError(f"{stored.name} in {stored.folder} can't be loaded: {reason}") from error
     check_complete(report, stored.name)
+    # Now, while nobody uses the model: moving weights under another thread's product is not safe.
+    arrange_weights(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LanguageModel(stored.name, stored.folder, model.eval().requires_grad_(False), tokenizer, stored.fingerprint)
@@ -184,12 +188,3 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, folder: Path) -> torc
     if dtype not in _DTYPES:
         raise ModelLoadError(f"unknown dtype {dtype!r}: expected auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def _cpu_computes_bf16() -> bool:
-    """Whether the CPU has bf16 matrix instructions, which torch then uses."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in older releases
-    if capabilities is not None:
-        flags = capabilities()
-        return any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

@@ -14,6 +14,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerFast
 
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
+from loragen_agents.edge.forward import arrange_weights
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import ToolProbabilities, ToolScorer
@@ -43,6 +44,7 @@ class SpecializedLM:
         self.model = clone_sharing_tensors(edge.model)
         if weights is not None:
             weights.merge_into(self.model)
+            arrange_weights(self.model, edge.model)
         self.decoder = Decoder(self.model, edge.tokenizer)
         # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
         self.decoder.stop_token_ids |= frozenset(self.renderer.end_token_ids)

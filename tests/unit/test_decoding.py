@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from loragen_agents.edge.decoding import Completion, Decoder, Sampling
-from loragen_agents.edge.forward import LeanForward, ModuleForward, Runtime, lay_side_by_side
+from loragen_agents.edge.forward import LeanForward, ModuleForward, Runtime, _linear_in_float32, arrange_weights
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore
 from loragen_agents.edge.text_stream import TextStream
 from loragen_agents.errors import ModelLoadError, PromptError
@@ -372,12 +372,12 @@ def test_other_weights_make_a_decoder_forget(llama: Decoder) -> None:
     assert (hooked.cached_tokens, hooked.token_ids) == (0, merged.token_ids)
 
 
-def test_laying_weights_side_by_side_moves_nothing_but_their_storage(tmp_path: Path) -> None:
+def test_arranging_weights_changes_nothing_but_their_storage(tmp_path: Path) -> None:
     model, untouched = tiny_model("qwen"), tiny_model("qwen")
     sharing = clone_sharing_tensors(model)
     before = dict(model.named_parameters())
-    lay_side_by_side(model)
-    lay_side_by_side(model)
+    arrange_weights(model)
+    arrange_weights(model)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == {
         name: id(parameter) for name, parameter in before.items()
     }
@@ -392,6 +392,55 @@ def test_laying_weights_side_by_side_moves_nothing_but_their_storage(tmp_path: P
     assert all(torch.equal(*pair) for pair in zip(loaded.parameters(), untouched.parameters(), strict=True))
     model(torch.tensor([PROMPTS[0]])).logits.sum().backward()
     assert up.grad is not None and up.grad.shape == up.shape
+
+
+def test_merged_weights_are_arranged_without_moving_their_base() -> None:
+    model = tiny_model("llama")
+    arrange_weights(model)
+    before = [parameter.data_ptr() for parameter in model.parameters()]
+    merged = clone_sharing_tensors(model)
+    pair = (torch.ones(4, 32), torch.ones(64, 4))
+    tensors = {(0, "up_proj"): pair, (1, "up_proj"): pair, (1, "gate_proj"): pair}
+    LoRAWeights(layers=3, rank=4, alpha=4.0, tensors=tensors).merge_into(merged)
+    with torch.inference_mode():
+        arrange_weights(merged, model)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
+
+    def adjacent(layer: int) -> bool:
+        mlp: Any = merged.model.layers[layer].mlp
+        assert not mlp.up_proj.weight.is_inference()
+        return mlp.up_proj.weight.data_ptr() == mlp.gate_proj.weight.data_ptr() + mlp.gate_proj.weight.nbytes
+
+    # In the first layer the gate is the base's, which is not to be moved.
+    assert [adjacent(layer) for layer in range(3)] == [False, True, True]
+    for prompt in PROMPTS:
+        assert Decoder(merged, TOKENIZER).generate([prompt], Sampling(max_tokens=6))[0].token_ids == reference(
+            merged, prompt, 6
+        )
+
+
+def test_many_vectors_in_bf16_go_through_float32_where_bf16_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(3, len(TOKENIZER), (1, 60), generator=torch.Generator().manual_seed(1))
+    keep = torch.arange(60)[None]
+    seen: list[torch.Size] = []
+
+    def counted(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(x.shape)
+        return _linear_in_float32(x, *others)
+
+    monkeypatch.setattr("loragen_agents.edge.forward._linear_in_float32", counted)
+    for family in ("llama", "qwen"):
+        model = tiny_model(family, dtype=torch.bfloat16)
+        logits = {}
+        for native in (True, False):
+            monkeypatch.setattr("loragen_agents.edge.forward.cpu_computes_bf16", lambda native=native: native)
+            seen.clear()
+            with torch.inference_mode():
+                logits[native] = Runtime(model).bind()(ids, KVCache(1), keep)
+            # Four products a layer once queries, keys and values, and gate and up, are one; here they are seven.
+            assert len(seen) == (0 if native else 3 * 7 + 1)
+        assert logits[True].dtype == logits[False].dtype == torch.bfloat16
+        assert (logits[True] - logits[False]).abs().max() < 0.05
 
 
 def test_keys_and_values_must_be_of_one_size() -> None:

@@ -181,9 +181,9 @@ class TestDevicesAndDtypes:
 
     def test_bf16_on_cpus_that_have_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = torch.device("cpu")
-        monkeypatch.setattr(language_models, "_cpu_computes_bf16", lambda: True)
+        monkeypatch.setattr(language_models, "cpu_computes_bf16", lambda: True)
         assert choose_dtype(cpu, 1000) == torch.bfloat16
-        monkeypatch.setattr(language_models, "_cpu_computes_bf16", lambda: False)
+        monkeypatch.setattr(language_models, "cpu_computes_bf16", lambda: False)
         assert choose_dtype(cpu, 1000) == torch.float32
         assert choose_dtype(cpu, 10**15) == torch.bfloat16
 
@@ -198,7 +198,7 @@ class TestDevicesAndDtypes:
     )
     def test_cpu_flags(self, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], expected: bool) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-        assert language_models._cpu_computes_bf16() is expected
+        assert language_models.cpu_computes_bf16() is expected
 
     def test_auto_takes_the_gpu_when_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
