@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 .PHONY: demo test test-unit lint format clean
 
 demo: $(INSTALLED)
-	$(BIN)/loragen-agents ask --tools tools/assistant.yaml "What is 17 times 23?"
+	$(BIN)/loragen-agents ask --tools tools/assistant.yaml "Compute 17 * 23"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
