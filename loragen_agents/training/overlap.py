@@ -78,7 +78,7 @@ class Overlap:
         ]
         return max((_dot(left, right) for left, right in sides), default=0.0)
 
-    def conflict(self, first: str, second: str, threshold: float = 0.38) -> bool:
+    def conflict(self, first: str, second: str, threshold: float = 0.36) -> bool:
         """Whether a registry with both tools would be ambiguous: sister services, or words too much alike.
 
         Tools of one service, and of two different families of services, are told apart by their makers: no conflict.

@@ -99,7 +99,8 @@ class RegistrySampler:
             tool = self._tools[tool_id]
             for key in {tool.domain, tool.domain.split("/")[0]}:
                 self._near[tool.source, key].append(tool_id)
-        self._overlap = Overlap(self._tools, rows)
+        # Requests tell what tools do; those of both splits where nothing is learnt from them.
+        self._overlap = Overlap(self._tools, rows if split == "train" else data.calls)
 
     def __iter__(self) -> Iterator[Episode]:
         return self.shard(0, 1)
@@ -135,7 +136,9 @@ class RegistrySampler:
         rng.shuffle(ids)
         form: InputFormat = "csv" if rng.random() < self.options.csv else "json"
         views = self._draw_views(ids, rows, form, rng)
-        if form == "csv" and not any(self._expressible(row, views, form) for row in rows):
+        if form == "csv" and not (
+            all(view.takes_csv for view in views.values()) and any(self._expressible(row, views, form) for row in rows)
+        ):
             form = "json"
         rows = [row for row in rows if self._expressible(row, views, form)]
         registry = ToolRegistry([views[tool_id].tool for tool_id in ids], input_format=form)

@@ -16,6 +16,8 @@ from loragen_agents.training.data import Call, ToolRecord
 from loragen_agents.training.episodes import GoldCall
 from loragen_agents.training.options import Choices, SamplerOptions
 
+_CSV_TYPES = frozenset({"null", "boolean", "integer", "number", "string"})
+
 
 @dataclass(frozen=True)
 class View:
@@ -24,6 +26,11 @@ class View:
     record: ToolRecord
     tool: Tool
     argument_names: dict[str, str]
+
+    @property
+    def takes_csv(self) -> bool:
+        """Whether the tool can stand in a registry with csv inputs: no argument is a list or an object."""
+        return all(self.tool.types_of(name) & _CSV_TYPES for name in self.tool.argument_names)
 
     def gold(self, call: Call) -> GoldCall:
         """The call in the words of this registry; arguments that the registry's tool does not have are left out."""

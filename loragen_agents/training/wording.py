@@ -22,7 +22,7 @@ def unserved_answer(rng: random.Random) -> str:
 def final_answer(results: list[str], failed: bool, rng: random.Random) -> str:
     """Draw what to say once the tools have given `results`, the last of them an error where `failed`."""
     template = rng.choice(phrases("answers")["failed" if failed else "reported"])
-    return template.format(result=results[-1] if failed else " ".join(results))
+    return template.format(result=results[-1] if failed else " ".join(results)).strip()
 
 
 def joined_request(first: str, second: str, rng: random.Random) -> str:
@@ -92,4 +92,4 @@ def tool_result(
             return rng.choice(book["names"])
 
     formatter = string.Formatter()
-    return formatter.vformat(template, (), Slots())
+    return formatter.vformat(template, (), Slots()).strip()

@@ -218,6 +218,14 @@ def test_parts_make_up_the_target():
             assert [part.part for part in parts] == expected
 
 
+def test_tools_with_list_arguments_are_shown_with_json_inputs():
+    parameters = {"type": "object", "properties": {"names": {"type": "array", "items": {"type": "string"}}}}
+    tool = ToolRecord("a/sort", "sort", "Sort names.", "a", "a", "train", parameters)
+    calls = [CallRecord(f"Sort {i}", (Call("a/sort", {"names": ["b", "a"]}),), "a", "train") for i in range(9)]
+    drawn = RegistrySampler(DataSet({tool.id: tool}, tuple(calls)), options=SamplerOptions(csv=1.0))
+    assert {drawn.episode(index).registry.input_format for index in range(5)} == {"json"}
+
+
 def test_data_without_requests_is_refused():
     with pytest.raises(DataError, match="no requests of split 'train'"):
         RegistrySampler(DataSet(small_data().tools, ()))
