@@ -198,7 +198,8 @@ def main() -> None:
     language_model = load_language_model(options.model, dtype=options.dtype)
     untouched: Any = AutoModelForCausalLM.from_pretrained(
         language_model.folder, dtype=language_model.model.dtype, local_files_only=True
-    ).to(language_model.device)
+    )
+    untouched.to(language_model.device)
     registry = ToolRegistry.from_yaml(content_folder("tools") / "gpt4tools_seen.yaml")
     tokenizer = language_model.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)

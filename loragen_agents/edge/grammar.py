@@ -88,21 +88,21 @@ class ToolGrammar:
         vocabulary_size: width of the model's logits; default: the tokenizer's number of tokens.
         stop_token_ids: tokens that end an answer; default: the tokenizer's eos token.
         """
-        size = len(self.tokenizer) if vocabulary_size is None else vocabulary_size
+        # Some tokenizers know tokens that their model has no logits for, and most models the other way round.
+        size = max(len(self.tokenizer), vocabulary_size or 0)
         stops = (self.tokenizer.eos_token_id,) if stop_token_ids is None else stop_token_ids
         key = (size, tuple(sorted(stops)))
         with self._lock:
             if key not in self._matchers:
                 self._matchers[key] = _checked_matcher(llguidance_tokenizer(self.tokenizer, *key), self.source)
-            return GrammarMatcher(self._matchers[key].deep_copy(), size)
+            return GrammarMatcher(self._matchers[key].deep_copy())
 
 
 class GrammarMatcher:
     """Where one sequence stands in a grammar. Not to be shared between threads."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocabulary_size: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
-        self._size = vocabulary_size
 
     @property
     def finished(self) -> bool:
@@ -124,7 +124,7 @@ class GrammarMatcher:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        refused = np.unpackbits(bits, count=self._size, bitorder="little") == 0
+        refused = np.unpackbits(bits, count=len(logits), bitorder="little") == 0
         return logits.masked_fill_(torch.from_numpy(refused).to(logits.device), float("-inf"))
 
     def forced_tokens(self) -> list[int]:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
 )
 
@@ -583,3 +585,18 @@ def test_text_stream_holds_back_what_is_not_settled() -> None:
     assert text.ready() == ""
     text.finish()
     assert text.ready() == "\ufffd"
+
+
+def test_text_stream_keeps_the_blank_that_some_tokenizers_drop() -> None:
+    """A Metaspace decoder strips the blank at the beginning of a text, which a completion is not."""
+    vocabulary = {"▁tool": 0, "?": 1, "▁Yes": 2, "▁No": 3, "x": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="x"))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.decode([2, 3]) == "Yes No"
+    text = TextStream(tokenizer, [0, 1])
+    pieces = []
+    for token in (2, 4, 3, 3):
+        text.push(token)
+        pieces.append(text.ready())
+    assert pieces == [" Yes", "x", " No", " No"]

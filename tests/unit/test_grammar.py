@@ -250,13 +250,15 @@ def test_stop_tokens_end_an_answer() -> None:
         matcher.accept([50])
 
 
-def test_the_mask_covers_logits_wider_than_the_vocabulary() -> None:
-    width = len(TOKENIZER) + 37
-    matcher = ToolGrammar(REGISTRY, TOKENIZER).matcher(width)
-    masked = matcher.mask(torch.zeros(width, dtype=torch.bfloat16))
-    allowed = [str(TOKENIZER.decode([token])) for token in masked.isfinite().nonzero().flatten().tolist()]
-    assert allowed
-    assert all(" Yes".startswith(text) or " No".startswith(text) for text in allowed)
+@pytest.mark.parametrize("more", [37, 0, -1])
+def test_the_mask_covers_logits_of_any_width(more: int) -> None:
+    width = len(TOKENIZER) + more
+    grammar = ToolGrammar(REGISTRY, TOKENIZER)
+    for matcher in (grammar.matcher(width), grammar.matcher()):
+        masked = matcher.mask(torch.zeros(width, dtype=torch.bfloat16))
+        allowed = [str(TOKENIZER.decode([token])) for token in masked.isfinite().nonzero().flatten().tolist()]
+        assert allowed
+        assert all(" Yes".startswith(text) or " No".startswith(text) for text in allowed)
 
 
 def test_sequences_of_one_grammar_do_not_share_state() -> None:
