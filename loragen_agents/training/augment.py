@@ -204,11 +204,6 @@ def renamed_arguments(names: Sequence[str], rng: random.Random) -> dict[str, str
     return mapping
 
 
-def capitalised(text: str) -> str:
-    """The text with its first letter in upper case."""
-    return text[:1].upper() + text[1:]
-
-
 def drop_argument_descriptions(properties: Iterable[tuple[str, dict]]) -> dict[str, dict]:
     """The schemas without their descriptions: names and types alone must do."""
     return {name: {k: v for k, v in schema.items() if k != "description"} for name, schema in properties}
