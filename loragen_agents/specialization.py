@@ -177,7 +177,10 @@ def specialize(
             _write(folder, weights, edge)
         probe = [Turn("")]
         definition_tokens = len(renderer.full_react(registry, probe, system_text)) - len(renderer.user_turn(probe))
-        return Specialization(model, weights, registry, system_text, definition_tokens, seconds, source, key)
+        made = Specialization(model, weights, registry, system_text, definition_tokens, seconds, source, key)
+        if made.weights_are_zero:
+            logger.warning("The generator is untrained: its LoRA weights are zero, and the model is the bare edge LM.")
+        return made
 
     if not cache:
         return make()

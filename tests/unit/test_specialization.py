@@ -183,13 +183,14 @@ def test_specialising_leaves_the_edge_model_alone(parts):
         assert torch.equal(tensor, before[name])
 
 
-def test_weights_of_a_generator_without_training_are_zero(parts):
+def test_weights_of_a_generator_without_training_are_zero(parts, caplog):
     from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 
     edge = parts["edge"]
     untrained = LoRAGenerator(GeneratorConfig(n_experts=2, top_k=1, rank=2, router_width=4, cloud_rank=2), edge, edge)
     made = specialize(REGISTRY, edge=edge, cloud=edge, generator=untrained)
     assert made.weights_are_zero
+    assert "untrained" in caplog.text
     bare = specialization.SpecializedLM(edge, None, REGISTRY)
     turns = [Turn("Hello")]
     assert made.model.generate([turns])[0].token_ids == bare.generate([turns])[0].token_ids
