@@ -34,12 +34,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from loragen_agents.errors import DataError
+from loragen_agents.files import replacing
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.language_models import load_language_model
 from loragen_agents.progress import Progress, silent
 from loragen_agents.sharing import shared_renderer
 from loragen_agents.training.data import DataSet, load_data
-from loragen_agents.training.episode_model import EpisodeModel, TokenizedEpisode, tokenize_episode
+from loragen_agents.training.episode_model import EpisodeModel, Rates, TokenizedEpisode, tokenize_episode
 from loragen_agents.training.gpt4tools_episodes import EpisodeSource, gpt4tools_samplers
 from loragen_agents.training.options import NameMode, SamplerOptions
 from loragen_agents.training.recipe import Recipe
@@ -109,16 +110,15 @@ class GeneratorTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Rates on the dev episodes, by kind of names, and the score that runs are compared by."""
-        training, counted = self.model.training, self.model.rates.means()
-        assert not counted or training, "rates of a training step would be lost"
+        training, counted = self.model.training, self.model.rates
         self.model.eval()
         metrics: dict[str, float] = {}
         for kind, episodes in self.dev.items():
-            self.model.rates.clear()
+            self.model.rates = Rates()
             for episode in episodes:
                 self.model([episode])
             metrics |= {f"{metric_key_prefix}_{kind}_{k}": round(v, 4) for k, v in self.model.rates.means().items()}
-        self.model.rates.clear()
+        self.model.rates = counted
         self.model.train(training)
         rates = [
             metrics[f"{metric_key_prefix}_{kind}_{part}"]
@@ -325,7 +325,8 @@ class _KeepBest(TrainerCallback):
             generator: LoRAGenerator = kwargs["model"].generator
             generator.notes = {"step": state.global_step, **metrics}
             generator.save(self.folder / "weights", dtype=torch.bfloat16)
-            record.write_text(json.dumps(generator.notes, indent=2) + "\n")
+            with replacing(record) as temporary:
+                temporary.write_text(json.dumps(generator.notes, indent=2) + "\n")
 
 
 class _Report(TrainerCallback):
