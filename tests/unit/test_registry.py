@@ -376,3 +376,14 @@ def test_structured_tool_with_a_dict_schema():
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "integer"}}}
     source = StructuredTool(name="f", description="d", args_schema=schema, func=lambda **_: None)
     assert ToolRegistry.from_tools([source])["f"].parameters["properties"] == {"a": {"type": "integer"}}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_toolkit_of_langchain_community(tmp_path):
+    from langchain_community.agent_toolkits import FileManagementToolkit
+
+    tools = FileManagementToolkit(root_dir=str(tmp_path)).get_tools()
+    registry = ToolRegistry.from_tools(tools)
+    assert registry.names == tuple(one.name for one in tools)
+    assert registry["write_file"].argument_names == ("file_path", "text", "append")
+    assert registry["write_file"].required == {"file_path", "text"}
