@@ -77,7 +77,9 @@ class SpecializedLM:
         sampling = self._sampling(sampling, grammar)
         if not grammar:
             return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
-        if not (score_tools and self._has_choice(sampling, tool_choice)):
+        # Nothing is scored for a caller who has gone; the stream then ends before its first token.
+        gone = cancel is not None and cancel.is_set()
+        if gone or not (score_tools and self._has_choice(sampling, tool_choice)):
             return StepCompletionStream(self.decoder.stream(prompt, sampling, self.grammar(tool_choice), cancel))
         scored = self._score(prompt, tool_choice)
         return StepCompletionStream(self.decoder.stream(scored.read, sampling, scored.grammar, cancel), scored)
@@ -97,7 +99,8 @@ class SpecializedLM:
         sampling = self._sampling(sampling, grammar)
         if not grammar:
             return self.decoder.generate(prompts, sampling, None, cancel)
-        if not (score_tools and self._has_choice(sampling, tool_choice)):
+        gone = cancel is not None and cancel.is_set()
+        if gone or not (score_tools and self._has_choice(sampling, tool_choice)):
             return self.decoder.generate(prompts, sampling, self.grammar(tool_choice), cancel)
         scored = [self._score(prompt, tool_choice) for prompt in prompts]
         reads, grammars = [one.read for one in scored], [one.grammar for one in scored]

@@ -129,9 +129,10 @@ def test_turn_ends_of_the_chat_template_stop_decoding():
 
 
 def test_a_stream_can_be_cancelled():
-    special = SpecializedLM(language_model(), random_weights(0), registry("ruler"))
+    special = SpecializedLM(language_model(), random_weights(0), registry("ruler", "scale"))
     cancel = threading.Event()
     cancel.set()
+    special.scorer = lambda prompt: pytest.fail("tools were scored for nobody")
     stream = special.stream(TURNS, SHORT, cancel=cancel)
     assert "".join(stream) == "" and stream.completion.finish_reason == "cancelled"
 
