@@ -1,10 +1,14 @@
-"""Writing files so that a reader sees the old file or the whole new one, never a part of it."""
+"""Writing files so that a reader sees the old file or the whole new one, and reading JSON so that damage is named."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from loragen_agents.errors import CheckpointError
 
 
 @contextmanager
@@ -26,3 +30,22 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    advice: how to mend it, which ends the message.
+
+    Raises:
+        CheckpointError: the file is missing, can't be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; {advice}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (no JSON object); {advice}")
+    return content

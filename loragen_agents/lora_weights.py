@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loragen_agents.errors import CheckpointError
-from loragen_agents.files import replacing
+from loragen_agents.files import read_json_object, replacing
 from loragen_agents.language_models import PROJECTIONS, gated_ffn_layers
 
 Entry = tuple[int, str]
@@ -221,7 +221,9 @@ class LoRAWeights:
             CheckpointError: a file is missing or damaged, or the adapter changes more than gate, up and down.
         """
         config_file, tensor_file = Path(folder) / _CONFIG_FILE, Path(folder) / _TENSOR_FILE
-        config = _read_json(config_file)
+        config = read_json_object(
+            config_file, f"a folder of LoRA weights has it beside {_TENSOR_FILE}; write the folder again"
+        )
         _check_plain_lora(config, config_file)
         tensors, metadata = _read_tensors(tensor_file)
         pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -397,18 +399,6 @@ def _target_linears(model: PreTrainedModel, weights: LoRAWeights) -> dict[Entry,
 def _whole(number: float) -> float | int:
     """`number` as an int where it is one, as PEFT writes alpha."""
     return int(number) if float(number).is_integer() else number
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; a folder of LoRA weights has it beside {_TENSOR_FILE}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON ({error}); write the folder again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; write the folder again")
-    return value
 
 
 def _check_plain_lora(config: dict[str, Any], path: Path) -> None:

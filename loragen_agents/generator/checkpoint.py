@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loragen_agents.errors import CheckpointError
-from loragen_agents.files import replacing
+from loragen_agents.files import read_json_object, replacing
+from loragen_agents.fingerprints import file_sha256
 from loragen_agents.language_models import LanguageModel
 
 FORMAT, VERSION = "loragen-agents generator", 1
@@ -24,6 +25,7 @@ DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "d
 
 _DESCRIPTION_FILE = "generator.json"
 _TENSOR_FILE = "generator.safetensors"
+_ADVICE = "expected a folder that a generator was saved to; get the whole checkpoint folder again"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def write_checkpoint(folder: Path, description: Description, tensors: Mapping[st
     }
     with replacing(folder / _TENSOR_FILE) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
-        checksum = _sha256(temporary)
+        checksum = file_sha256(temporary)
     content = {"format": FORMAT, "version": VERSION, **asdict(description), "tensors_sha256": checksum}
     with replacing(folder / _DESCRIPTION_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -112,7 +114,7 @@ def read_description(folder: Path) -> Description:
     Raises:
         CheckpointError: the file is missing, damaged or of another version of the format.
     """
-    return _parse(_read_json(folder / _DESCRIPTION_FILE), folder / _DESCRIPTION_FILE)
+    return _parse(read_json_object(folder / _DESCRIPTION_FILE, _ADVICE), folder / _DESCRIPTION_FILE)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,9 +124,9 @@ def read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
         CheckpointError: the file is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
     path = folder / _TENSOR_FILE
-    checksum = _read_json(folder / _DESCRIPTION_FILE).get("tensors_sha256")
+    checksum = read_json_object(folder / _DESCRIPTION_FILE, _ADVICE).get("tensors_sha256")
     try:
-        found = _sha256(path)
+        found = file_sha256(path)
         tensors = load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; get the whole checkpoint folder again") from error
@@ -178,23 +180,3 @@ def _parse(content: dict[str, Any], path: Path) -> Description:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error} (missing or of the wrong kind)") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; expected a folder that a generator was saved to") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); get the checkpoint folder again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged (no JSON object); get the checkpoint folder again")
-    return content
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
