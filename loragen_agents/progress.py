@@ -21,6 +21,21 @@ def silent(text: str, fraction: float | None) -> None:
     """A progress callback that shows nothing."""
 
 
+def lines() -> Progress:
+    """A progress callback that writes each step as a line to stderr: for the log of a run that nobody watches."""
+    from loragen_agents.console import messages, visible
+
+    last = ""
+
+    def write(text: str, fraction: float | None) -> None:
+        nonlocal last
+        if text != last:
+            last = text
+            messages.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+    return write
+
+
 @contextmanager
 def shown(progress: Progress | None) -> Iterator[Progress]:
     """Give the callback to report to: `progress` itself, or one that draws on the terminal; both also write the log."""

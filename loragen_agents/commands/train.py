@@ -1,6 +1,7 @@
 """`loragen-agents train`: run a training recipe."""
 
 import argparse
+import sys
 from pathlib import Path
 
 NAME = "train"
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.console import print_json, say
-    from loragen_agents.progress import shown, silent
+    from loragen_agents.progress import lines, shown, silent
     from loragen_agents.training.recipe import Recipe, recipe_file
     from loragen_agents.training.trainer import train
 
@@ -29,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in changes.items() if value is not None}
     recipe = Recipe.model_validate(recipe.model_dump() | given)
     folder = Path(arguments.out or Path("runs") / recipe_file(arguments.recipe).stem)
-    with shown(silent if arguments.json else None) as progress:
+    # A run of hours is often started where no terminal is; its log then says how it goes.
+    quiet = silent if arguments.json else None if sys.stderr.isatty() else lines()
+    with shown(quiet) as progress:
         weights = train(recipe, folder, resume=arguments.resume, progress=progress)
     if arguments.json:
         print_json({"weights": str(weights), "run": str(folder)})

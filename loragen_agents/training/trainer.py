@@ -330,22 +330,22 @@ class _KeepBest(TrainerCallback):
 
 
 class _Report(TrainerCallback):
-    """Tells the progress callback every step, with the latest rates."""
+    """Tells the progress callback every step; its text changes with the rates, every few steps."""
 
     def __init__(self, progress: Progress) -> None:
-        self.progress, self.rates = progress, ""
+        self.progress, self.text = progress, "Training"
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs.get("logs") or {}
         if "loss" in logs:
             shown = {name: logs[name] for name in ("decision", "name", "arguments") if name in logs}
             rates = ", ".join(f"{name} {value:.0%}" for name, value in shown.items())
-            self.rates = f"loss {logs['loss']:.2f}; right: {rates}"
+            self.text = f"Step {state.global_step} of {state.max_steps} (loss {logs['loss']:.2f}; right: {rates})"
         logger.info("step %d: %s", state.global_step, json.dumps(logs))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        text = f"Step {state.global_step} of {state.max_steps}" + (f" ({self.rates})" if self.rates else "")
-        self.progress(text, state.global_step / state.max_steps)
+        if state.is_world_process_zero:
+            self.progress(self.text, state.global_step / state.max_steps)
 
 
 class _StopRequest(TrainerCallback):

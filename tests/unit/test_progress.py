@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from loragen_agents.progress import shown
+from loragen_agents.progress import lines, shown
 
 SCRIPT = """
 import time
-from loragen_agents.progress import shown
+from loragen_agents.progress import lines, shown
 with shown(None) as report:
     with shown(None) as nested:
         nested("inner", 0.5)
@@ -55,6 +55,14 @@ def test_without_a_terminal_they_go_to_the_log_once_each(
         report("Loading", None)
     assert caplog.messages == ["Fetching", "Loading"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_lines_are_written_once_for_each_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown(lines()) as report:
+        for fraction in (0.1, 0.2):
+            report("Step 10 of 50 (loss 1.25)", fraction)
+        report("Step 20 of 50 (loss [1.00])", 0.4)
+    assert capsys.readouterr().err.splitlines() == ["Step 10 of 50 (loss 1.25)", "Step 20 of 50 (loss [1.00])"]
 
 
 def test_a_callback_is_told_every_part() -> None:
