@@ -28,6 +28,7 @@ from loragen_agents.lora_weights import LoRAWeights
 from loragen_agents.prompting import PromptRenderer, Turn
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.sharing import shared_renderer
+from loragen_agents.tool_match import ToolMatch
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,10 @@ MEMORY_ENTRIES = 4
 DISK_ENTRIES = 64
 # Writing a folder takes a second; a temporary one this old has lost its writer.
 _ABANDONED_SECONDS = 3600
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "specialization.json"
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MATCH = "tool_match.safetensors"
 
 
 @dataclass(frozen=True)
@@ -165,16 +167,19 @@ def specialize(
 
     def make() -> Specialization:
         folder = cache_folder() / "specializations" / key
-        weights = _read(folder) if cache else None
+        kept = _read(folder) if cache else None
         source: Literal["generated", "disk"] = "disk"
         started = time.perf_counter()
-        if weights is None:
+        if kept is None:
             source = "generated"
-            weights = generator.generate(definitions, tuple(registry)).detach()
-        model = SpecializedLM(edge, weights, registry)
+            weights, match = generator.generate_with_match(definitions, registry)
+            weights = weights.detach()
+        else:
+            weights, match = kept
+        model = SpecializedLM(edge, weights, registry, match)
         seconds = time.perf_counter() - started if source == "generated" else 0.0
         if cache and source == "generated":
-            _write(folder, weights, edge)
+            _write(folder, weights, match, edge)
         probe = [Turn("")]
         definition_tokens = len(renderer.full_react(registry, probe, system_text)) - len(renderer.user_turn(probe))
         made = Specialization(model, weights, registry, system_text, definition_tokens, seconds, source, key)
@@ -206,33 +211,38 @@ def _key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _read(folder: Path) -> LoRAWeights | None:
-    """The weights in `folder`; None when there are none or what is there is damaged (it is removed then)."""
+def _read(folder: Path) -> tuple[LoRAWeights, ToolMatch | None] | None:
+    """What is kept in `folder`; None when there is nothing or what is there is damaged (it is removed then)."""
     if not folder.is_dir():
         return None
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name in _FILES:
+        for name in (*_FILES, *([_MATCH] if _MATCH in hashes else [])):
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != hashes[name]:
                 raise CheckpointError(f"{folder / name} has changed since it was written")
         weights = LoRAWeights.load_peft(folder)
+        match = ToolMatch.load(folder / _MATCH) if _MATCH in hashes else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The kept specialisation %s is damaged (%s); it is made again.", folder, error)
         _remove(folder)
         return None
     with suppress(OSError):
         folder.touch()  # the least recently used folders go first
-    return weights
+    return weights, match
 
 
-def _write(folder: Path, weights: LoRAWeights, edge: LanguageModel) -> None:
+def _write(folder: Path, weights: LoRAWeights, match: ToolMatch | None, edge: LanguageModel) -> None:
     """Write the whole folder under a temporary name, then rename it: a reader sees all of it or nothing."""
     if not weights.tensors:
         return  # nothing to keep, and PEFT has no way to write it
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         weights.save_peft(temporary, edge.name, [path for path, _ in gated_ffn_layers(edge.model)])
-        hashes = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in _FILES}
+        files = list(_FILES)
+        if match is not None:
+            match.save(temporary / _MATCH)
+            files.append(_MATCH)
+        hashes = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in files}
         (temporary / _MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
         try:
             temporary.rename(folder)

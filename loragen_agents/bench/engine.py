@@ -77,8 +77,8 @@ class ModelSession:
                 (completion,) = decoder.generate([prompt], self._sampling, grammar)
                 waited, cached = 0.0, completion.cached_tokens
             else:
-                read = decoder.read(prompt)
-                chosen = self._scorer(read)
+                read = self._scorer.read(prompt)
+                chosen = self._scorer(read, opening=not turns[-1].steps)
                 grammar = self.model.grammar(chosen.best if chosen.calls_tool >= 0.5 else "none")
                 waited, cached = time.perf_counter() - started, read.cached_tokens
                 (completion,) = decoder.generate([read], self._sampling, grammar)
@@ -106,12 +106,15 @@ class ModelSession:
 
     def _make_scorer(self) -> ToolScorer:
         """The scorer of this row's prompts; working out its priors is part of getting ready."""
-        from loragen_agents.edge.tool_choice import ToolScorer
+        from loragen_agents.edge.tool_choice import NAMES_ALONE, ToolScorer
 
         started = time.perf_counter()
         renderer = cast(PromptRenderer, _RowPrompts(self)) if self.row.definitions else self.model.renderer
-        scorer = ToolScorer(self.model.decoder, renderer, self.registry)
-        if scorer.prior_weight:
+        if self.row.match:
+            scorer = ToolScorer(self.model.decoder, renderer, self.registry, self.model.match)
+        else:
+            scorer = ToolScorer(self.model.decoder, renderer, self.registry, weights=NAMES_ALONE)
+        if scorer.weights.prior:
             assert len(scorer.priors) == len(self.registry)
         self.setup_seconds = (self.setup_seconds or 0.0) + time.perf_counter() - started
         return scorer

@@ -41,7 +41,8 @@ BASES: dict[str, Base] = {
 OPTIONS: dict[str, str] = {
     "cached": "prefix kept in the KV cache",
     "grammar": "held to the registry's grammar",
-    "choice": "tool chosen by scoring all of them",
+    "choice": "tool chosen by scoring all names",
+    "match": "tool chosen by names and state match",
 }
 REFERENCE, CACHED_REFERENCE = "definitions", "definitions+cached"
 DEFAULT_ROWS: tuple[str, ...] = (
@@ -53,8 +54,10 @@ DEFAULT_ROWS: tuple[str, ...] = (
     "lora",
     "lora-gen",
     "lora-gen+grammar",
+    "lora-gen+match",
     "lora-gen-trained",
     "lora-gen-trained+grammar",
+    "lora-gen-trained+match",
 )
 
 
@@ -85,12 +88,18 @@ class Row:
 
     @property
     def grammar(self) -> bool:
-        """Whether the text is held to the grammar; with `+choice` it holds the chosen tool's arguments."""
+        """Whether the text is held to the grammar; where tools are scored it holds the chosen one's arguments."""
         return "grammar" in self.options or self.choice
 
     @property
     def choice(self) -> bool:
-        return "choice" in self.options
+        """Whether all tools are scored, by their names at least."""
+        return "choice" in self.options or self.match
+
+    @property
+    def match(self) -> bool:
+        """Whether requests are matched with tools by state too, which is what the product does."""
+        return "match" in self.options
 
 
 def row_from_name(name: str) -> Row:
@@ -108,6 +117,8 @@ def row_from_name(name: str) -> Row:
             raise DataError(f"Row {name!r}: no option {option!r}; expected {_options()}.")
     if "cached" in options and not base.definitions:
         raise DataError(f"Row {name!r}: only a prompt with definitions has a prefix to keep; leave '+cached' out.")
+    if "match" in options and base.source != "generator":
+        raise DataError(f"Row {name!r}: only a generator with a tool memory gives a state match; leave '+match' out.")
     ordered = [option for option in OPTIONS if option in options]
     return Row("+".join([base_name, *ordered]), base, frozenset(ordered))
 

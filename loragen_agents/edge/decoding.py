@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loragen_agents.edge.forward import Forward, Layout, Runtime
+from loragen_agents.edge.forward import Forward, Layout, Runtime, Taps
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore, Snapshot
 from loragen_agents.edge.sampling import Sampling, pick
@@ -61,12 +61,15 @@ class ReadPrompt:
     """A prompt that was read: its tokens, their keys and values, and the logits (vocabulary,) of what comes next.
 
     Decode from it or score behind it as often as you like; nothing of it is read again.
+    activations: inputs of `down_proj` at its last token in the layers that were asked for, with shape
+        (layers, intermediate size), or None.
     """
 
     token_ids: tuple[int, ...]
     states: Snapshot
     logits: Tensor
     cached_tokens: int
+    activations: Tensor | None = None
 
 
 class CompletionStream:
@@ -178,10 +181,11 @@ class Decoder:
         return [done[place] for place in range(len(prompts))]
 
     @torch.inference_mode()
-    def read(self, prompt: Sequence[int], *, pin: bool = False) -> ReadPrompt:
+    def read(self, prompt: Sequence[int], *, pin: bool = False, taps: Sequence[int] = ()) -> ReadPrompt:
         """Read a prompt without generating.
 
         pin: keep its keys and values for good, as the beginning that many prompts will share.
+        taps: layers whose `activations` are wanted. Models that are not run leanly give none.
 
         Raises:
             PromptError: as `stream`.
@@ -189,11 +193,13 @@ class Decoder:
         self._room(prompt)
         forward = self._forward()
         cache, (cached,) = self._opened(forward, [prompt], room=0)
-        (logits,) = _feed(forward, cache, [list(prompt[cached:])], self.model.device)
+        wanted: Taps = dict.fromkeys(taps) if forward.taps else {}
+        (logits,) = _feed(forward, cache, [list(prompt[cached:])], self.model.device, taps=wanted)
         states = cache.snapshot(0)
         self.prefixes.add(prompt, states, pinned=pin)
         assert logits is not None
-        return ReadPrompt(tuple(prompt), states, logits.clone(), cached)
+        found = [activations[0, 0] for activations in wanted.values() if activations is not None]
+        return ReadPrompt(tuple(prompt), states, logits.clone(), cached, torch.stack(found) if found else None)
 
     @torch.inference_mode()
     def score(self, prompt: Sequence[int] | ReadPrompt, continuations: Sequence[Sequence[int]]) -> list[float]:
@@ -468,6 +474,7 @@ def _feed(
     tokens: Sequence[Sequence[int]],
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
+    taps: Taps | None = None,
 ) -> list[Tensor | None]:
     """Feed each row its tokens, in passes of at most `_CHUNK`; return the logits (vocabulary,) behind each row's last.
 
@@ -482,7 +489,7 @@ def _feed(
         width = max(counts)
         ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=device)
         keep = torch.tensor([[max(0, count - 1)] for count in counts], device=device)
-        result = forward(ids, cache, keep)
+        result = forward(ids, cache, keep, taps=taps)
         cache.advance(counts)
         for row, count in enumerate(counts):
             if count and begin + count == len(tokens[row]):

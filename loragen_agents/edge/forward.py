@@ -59,11 +59,22 @@ class Layout:
     slot_positions: Tensor
 
 
+Taps = dict[int, Tensor | None]
+
+
 class Forward(Protocol):
     """Feeds tokens behind the valid slots of each row; the caller declares how many of them count (`advance`)."""
 
-    def __call__(self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None = None) -> Tensor:
+    taps: bool
+    """Whether it can tell what `down_proj` is given."""
+
+    def __call__(
+        self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None = None, taps: Taps | None = None
+    ) -> Tensor:
         """ids: tokens, shape (rows, width). keep: places within the width, shape (rows, kept).
+
+        taps: filled, for each layer that it has as a key, with the inputs of `down_proj` at the kept places, with shape
+            (rows, kept, intermediate size).
 
         Returns logits in the model's dtype, shape (rows, kept, vocabulary).
         """
@@ -268,8 +279,15 @@ class _Layer:
         self.down = _Linear(mlp.down_proj)
 
 
+def _at(x: Tensor, keep: Tensor) -> Tensor:
+    """x (rows, width, size) at the places `keep` (rows, kept)."""
+    return x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
 class LeanForward:
     """Llama, Mistral, Qwen2 and Gemma: rotary attention with grouped heads, gated FFN, pre-norm."""
+
+    taps = True
 
     def __init__(self, model: PreTrainedModel, rotary: _RotaryTable) -> None:
         config = model.config
@@ -286,13 +304,15 @@ class LeanForward:
         self._swap = torch.arange(self._head_size, device=self._norm.module.weight.device).roll(self._head_size // 2)
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
 
-    def __call__(self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None = None) -> Tensor:
+    def __call__(
+        self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None = None, taps: Taps | None = None
+    ) -> Tensor:
         cache.begin(ids.shape[1])
         if ids.numel() == 1 and layout is None and ids.device.type == "cpu":
-            return self._one_token(ids, cache)
-        return self._many_tokens(ids, cache, keep, layout)
+            return self._one_token(ids, cache, taps or {})
+        return self._many_tokens(ids, cache, keep, layout, taps or {})
 
-    def _one_token(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def _one_token(self, ids: Tensor, cache: KVCache, taps: Taps) -> Tensor:
         """One token of one row: products of a row vector with each matrix, written to where they are needed next."""
         position = cache.starts[0]
         cos, sin = (table[position] for table in self._rotary.upto(position + 1))
@@ -315,10 +335,13 @@ class LeanForward:
             seen = F.scaled_dot_product_attention(grouped, keys, values, scale=self._scale)
             h.add_(layer.o.row(seen.view(1, -1)))
             layer.gate_up.row(layer.mlp_norm.row(h), gate_up)
-            h.add_(layer.down.row(self._activation(gate).mul_(up)))
+            x = self._activation(gate).mul_(up)
+            if index in taps:
+                taps[index] = x[None]
+            h.add_(layer.down.row(x))
         return self._head.row(self._norm.row(h))[None]
 
-    def _many_tokens(self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None) -> Tensor:
+    def _many_tokens(self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None, taps: Taps) -> Tensor:
         rows, width = ids.shape
         # Where all rows begin, the order alone says what is seen, and the kernel needs no mask.
         fresh = layout is None and not any(cache.starts)
@@ -335,8 +358,11 @@ class LeanForward:
             seen = self._attend(q, keys, values, mask)
             h = h + layer.o.rows(seen.transpose(1, 2).reshape(rows, width, -1))[0]
             gate, up = layer.gate_up.rows(layer.mlp_norm.module(h))
-            h = h + layer.down.rows(self._activation(gate).mul_(up))[0]
-        h = h.gather(1, keep[:, :, None].expand(-1, -1, h.shape[-1]))
+            x = self._activation(gate).mul_(up)
+            if index in taps:
+                taps[index] = _at(x, keep)
+            h = h + layer.down.rows(x)[0]
+        h = _at(h, keep)
         return self._head.rows(self._norm.module(h))[0]
 
     def _for_groups(self, visible: Tensor) -> Tensor:
@@ -368,6 +394,9 @@ class ModuleForward:
         ModelLoadError: layers of another kind, or an attention implementation that takes no mask.
     """
 
+    # Hooks on modules that several threads run at a time would see each other's tokens.
+    taps = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config(decoder=True)
         self._model = model
@@ -389,7 +418,10 @@ class ModuleForward:
                 "mask; load it with attn_implementation='sdpa'"
             )
 
-    def __call__(self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None = None) -> Tensor:
+    def __call__(
+        self, ids: Tensor, cache: KVCache, keep: Tensor, layout: Layout | None = None, taps: Taps | None = None
+    ) -> Tensor:
+        assert not taps, "this forward pass has no taps"
         cache.begin(ids.shape[1])
         layout = layout or _in_order(cache, ids)
         mask: Any = self._mask(layout.visible)
@@ -407,7 +439,7 @@ class ModuleForward:
             use_cache=True,
             logits_to_keep=places,
         ).logits
-        return logits.gather(1, own[:, :, None].expand(-1, -1, logits.shape[-1]))
+        return _at(logits, own)
 
     def _mask(self, visible: Tensor) -> Tensor:
         """(rows, width, span) -> (rows, 1, width, span), as the attention implementation wants it."""

@@ -24,12 +24,14 @@ from loragen_agents.prompting import Turn
 from loragen_agents.react import OBSERVATION_STOP
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.sharing import clone_sharing_tensors, shared_renderer
+from loragen_agents.tool_match import ToolMatch
 
 
 class SpecializedLM:
     """An edge LM + LoRA weights + the grammar of a registry. Safe to use from several threads.
 
     edge: the base; it is left as it is. weights: None gives the bare edge LM. registry: whose steps are decoded.
+    match: what requests are matched with by state, where tools are scored; of the same specialisation.
     `model`, `decoder` and `renderer` are there for those who need more than a step.
 
     Raises:
@@ -38,8 +40,14 @@ class SpecializedLM:
         PromptError: its tokenizer's chat template can't be followed.
     """
 
-    def __init__(self, edge: LanguageModel, weights: LoRAWeights | None, registry: ToolRegistry) -> None:
-        self.edge, self.weights, self.registry = edge, weights, registry
+    def __init__(
+        self,
+        edge: LanguageModel,
+        weights: LoRAWeights | None,
+        registry: ToolRegistry,
+        match: ToolMatch | None = None,
+    ) -> None:
+        self.edge, self.weights, self.registry, self.match = edge, weights, registry, match
         self.renderer = shared_renderer(edge.tokenizer)
         self.model = clone_sharing_tensors(edge.model)
         if weights is not None:
@@ -48,7 +56,7 @@ class SpecializedLM:
         self.decoder = Decoder(self.model, edge.tokenizer)
         # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
         self.decoder.stop_token_ids |= frozenset(self.renderer.end_token_ids)
-        self.scorer = ToolScorer(self.decoder, self.renderer, registry)
+        self.scorer = ToolScorer(self.decoder, self.renderer, registry, match)
         self._grammars: dict[ToolChoice, ToolGrammar] = {}
         self._lock = threading.Lock()
 
@@ -81,7 +89,7 @@ class SpecializedLM:
         gone = cancel is not None and cancel.is_set()
         if gone or not (score_tools and self._has_choice(sampling, tool_choice)):
             return StepCompletionStream(self.decoder.stream(prompt, sampling, self.grammar(tool_choice), cancel))
-        scored = self._score(prompt, tool_choice)
+        scored = self._score(prompt, tool_choice, opening=not turns[-1].steps)
         return StepCompletionStream(self.decoder.stream(scored.read, sampling, scored.grammar, cancel), scored)
 
     def generate(
@@ -102,19 +110,23 @@ class SpecializedLM:
         gone = cancel is not None and cancel.is_set()
         if gone or not (score_tools and self._has_choice(sampling, tool_choice)):
             return self.decoder.generate(prompts, sampling, self.grammar(tool_choice), cancel)
-        scored = [self._score(prompt, tool_choice) for prompt in prompts]
+        scored = [
+            self._score(prompt, tool_choice, opening=not turns[-1].steps)
+            for prompt, turns in zip(prompts, conversations, strict=True)
+        ]
         reads, grammars = [one.read for one in scored], [one.grammar for one in scored]
         completions = self.decoder.generate(reads, sampling, grammars, cancel)
         return [one.completed(completion) for one, completion in zip(scored, completions, strict=True)]
 
     def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice) -> bool:
-        return sampling.temperature == 0 and tool_choice in ("auto", "any") and len(self.registry) > 1
+        several = len(self.registry) > 1 or self.match is not None
+        return several and sampling.temperature == 0 and tool_choice in ("auto", "any")
 
-    def _score(self, prompt: Sequence[int], tool_choice: ToolChoice) -> "_Scored":
+    def _score(self, prompt: Sequence[int], tool_choice: ToolChoice, *, opening: bool) -> "_Scored":
         """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen."""
         started = time.perf_counter()
-        read = self.decoder.read(prompt)
-        tools = self.scorer(read)
+        read = self.scorer.read(prompt)
+        tools = self.scorer(read, opening=opening)
         chosen = "none" if tool_choice == "auto" and tools.calls_tool < 0.5 else tools.best
         return _Scored(read, self.grammar(chosen), tools, time.perf_counter() - started)
 

@@ -1,22 +1,47 @@
-"""Which tool a request calls for: all names scored in one batch behind `Action:`.
+"""Which tool a request calls for: all names scored in one batch behind `Action:`, and the tools matched by state.
 
-It costs no prompt tokens and gives a probability for every tool, and for calling none. Where weights say little of the
-tools, names win that are likely as text; a share of each name's prior (its score behind requests that call for nothing)
-can be taken off for that. Knows a decoder and prompts; not how steps are generated.
+It costs no prompt tokens and gives a probability for every tool, and for calling none. What a request looks like inside
+the model (see `ToolMatch`) and what the model would write are two witnesses; how much each counts is in
+`ChoiceWeights`. Knows a decoder and prompts; not how steps are generated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loragen_agents.edge.decoding import Decoder, ReadPrompt
 from loragen_agents.prompting import PromptRenderer, Turn
 from loragen_agents.registry import ToolRegistry
+from loragen_agents.tool_match import ToolMatch
 
 NEUTRAL_REQUESTS = ("", "Hello!", "Please help me.")
 
 _YES, _NO, _CALL = " Yes", " No", " Yes\nAction:"
+
+
+@dataclass(frozen=True)
+class ChoiceWeights:
+    """How much each part of the choice counts. Those that are the default were chosen on the dev set.
+
+    prior: share of a name's prior (its score behind requests that call for nothing) that is taken off its score, for
+        names win that are likely as text.
+    match: of the log-probabilities that the state match gives, added to those of the names.
+    decision: share of the state match's log-odds, for some tool against none, in the decision whether a request calls
+        for a tool; the rest is what the model would write, `Yes` or `No`. Pieces in the weights can only say how much a
+        request is like all tools together, the match how much it is like one of them. Once a step was taken, what the
+        model would write decides alone.
+    bias: added to the log-odds of a request; above 0, tools are called more readily.
+    """
+
+    prior: float = 0.0
+    match: float = 0.7
+    decision: float = 1.0
+    bias: float = -0.5
+
+
+NAMES_ALONE = ChoiceWeights(match=0.0, decision=0.0, bias=0.0)
 
 
 @dataclass(frozen=True)
@@ -35,8 +60,8 @@ class ToolProbabilities:
 class ToolScorer:
     """Scores the tools of one registry with the decoder of its specialised model. Safe to use from several threads.
 
-    prior_weight: the share of a name's prior that is taken off its score. With the generator that ships, none is best
-        for real names.
+    match: of the same specialisation; without it, and for models that are not run leanly, what the model would write
+        decides alone.
     priors: what `priors` of an earlier scorer of the same specialisation gave; worked out when first needed otherwise.
     """
 
@@ -45,12 +70,14 @@ class ToolScorer:
         decoder: Decoder,
         renderer: PromptRenderer,
         registry: ToolRegistry,
+        match: ToolMatch | None = None,
         *,
-        prior_weight: float = 0.0,
+        weights: ChoiceWeights | None = None,
         priors: Sequence[float] | None = None,
     ) -> None:
-        self.prior_weight = prior_weight
+        self.weights = weights or ChoiceWeights()
         self._decoder, self._renderer, self._registry = decoder, renderer, registry
+        self._match = None if match is None else match.to(decoder.model.device)
         self._call = renderer.encode_text(_CALL)
         self._yes, self._no = (renderer.encode_text(text)[0] for text in (_YES, _NO))
         # The token behind a name tells "find" from "find_all".
@@ -62,20 +89,38 @@ class ToolScorer:
     def priors(self) -> list[float]:
         """Mean log-probability of each name behind neutral requests, in the registry's order."""
         if self._priors is None:
-            scores = torch.tensor(
-                [self._scores(self._renderer.user_turn([Turn(request)])) for request in NEUTRAL_REQUESTS]
-            )
-            self._priors = scores.mean(dim=0).tolist()
+            prompts = [self._renderer.user_turn([Turn(request)]) for request in NEUTRAL_REQUESTS]
+            scores = [self._decoder.score(self._called(prompt), self._names) for prompt in prompts]
+            self._priors = torch.tensor(scores).mean(dim=0).tolist()
         return self._priors
 
-    def __call__(self, prompt: ReadPrompt) -> ToolProbabilities:
-        """Probabilities behind a prompt that ends in `THOUGHT_QUESTION`."""
-        decision = torch.softmax(prompt.logits[[self._yes, self._no]].float(), dim=0)[0].item()
-        scores = torch.tensor(self._scores(prompt.token_ids))
-        if self.prior_weight:
-            scores -= self.prior_weight * torch.tensor(self.priors)
-        shares = torch.softmax(scores, dim=0).tolist()
-        return ToolProbabilities(decision, dict(zip(self._registry.names, shares, strict=True)))
+    def read(self, prompt: Sequence[int]) -> ReadPrompt:
+        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
+        return self._decoder.read(prompt, taps=self._match.layers if self._match is not None else ())
 
-    def _scores(self, prompt: Sequence[int]) -> list[float]:
-        return self._decoder.score([*prompt, *self._call], self._names)
+    @torch.no_grad()
+    def __call__(self, prompt: ReadPrompt, *, opening: bool = True) -> ToolProbabilities:
+        """Probabilities behind a prompt that `read` gave.
+
+        opening: whether no step was taken in the open turn yet.
+        """
+        weights = self.weights
+        yes_no = prompt.logits[[self._yes, self._no]].float()
+        odds = (yes_no[0] - yes_no[1]).item()
+        if opening and self._match is not None and prompt.activations is not None:
+            logits = self._match.decide(prompt.activations[:, None])[0]
+            matched = (logits[:-1].logsumexp(dim=0) - logits[-1]).item()
+            odds += weights.decision * (matched - odds) + weights.bias
+        called = self._called(prompt.token_ids)
+        scores = torch.tensor(self._decoder.score(called, self._names))
+        if weights.prior:
+            scores -= weights.prior * torch.tensor(self.priors)
+        if self._match is not None and called.activations is not None and weights.match:
+            scores += weights.match * self._match.choose(called.activations[:, None])[0].log_softmax(dim=0).cpu()
+        shares: Tensor = torch.softmax(scores, dim=0)
+        return ToolProbabilities(
+            torch.tensor(odds).sigmoid().item(), dict(zip(self._registry.names, shares.tolist(), strict=True))
+        )
+
+    def _called(self, prompt: Sequence[int]) -> ReadPrompt:
+        return self.read([*prompt, *self._call])

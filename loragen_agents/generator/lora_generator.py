@@ -1,7 +1,7 @@
 """The generator: system prompt -> meta-token states -> gates -> LoRA weights of the edge LM (paper section 3.2).
 
 Ties the parts of this package together and keeps them in one `nn.Module` that can be trained, saved and loaded. Knows
-nothing of registries, prompts or LangChain: a system prompt is text, and tools are handed through to the tool memory.
+nothing of prompts or LangChain: a system prompt is text, and a registry is handed through to the tool memory.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ from loragen_agents.generator.tool_memory import ToolMemory
 from loragen_agents.language_models import LanguageModel
 from loragen_agents.lora_weights import LoRAWeights
 from loragen_agents.prompting import PromptRenderer
-from loragen_agents.registry import Tool
+from loragen_agents.registry import ToolRegistry
 from loragen_agents.sharing import shared_renderer
+from loragen_agents.tool_match import ToolMatch
 
 
 @dataclass(frozen=True)
@@ -230,26 +231,29 @@ class LoRAGenerator(nn.Module):
         """
         return self._produce(self._states(system_prompts, merged=False), len(system_prompts))
 
-    @torch.no_grad()
-    def generate(self, system_prompt: str, tools: Sequence[Tool] = ()) -> LoRAWeights:
+    def generate(self, system_prompt: str, registry: ToolRegistry | None = None) -> LoRAWeights:
         """LoRA weights for one registry: the same for the same prompt, from one pass of the cloud LM.
 
-        tools: the registry's tools, for a generator with a tool memory; others have no use for them.
+        registry: what a generator with a tool memory reads; others have no use for it.
 
         Raises:
             PromptError: the system prompt is longer than the cloud LM's context.
             RuntimeError: the generator is in training mode, in which its output is random.
         """
+        return self.generate_with_match(system_prompt, registry)[0]
+
+    @torch.no_grad()
+    def generate_with_match(
+        self, system_prompt: str, registry: ToolRegistry | None = None
+    ) -> tuple[LoRAWeights, ToolMatch | None]:
+        """As `generate`, and what requests are matched with by state; None without a tool memory or tools."""
         if self.training:
             raise RuntimeError("the generator is in training mode; call eval() before generate()")
         weights = self._produce(self._states([system_prompt], merged=True), 1).weights[0]
-        return self.with_tools(weights, tools)
-
-    def with_tools(self, weights: LoRAWeights, tools: Sequence[Tool]) -> LoRAWeights:
-        """The experts' weights and, beside them, those of the tool memory, with gradients to its maps."""
-        if self.tool_memory is None or not tools:
-            return weights
-        return weights.concatenate(self.tool_memory(tools, weights))
+        if self.tool_memory is None or not registry:
+            return weights, None
+        pieces, match = self.tool_memory(registry, weights)
+        return weights.concatenate(pieces), match
 
     def encode(self, system_prompt: str) -> list[int]:
         """Token ids of a system prompt as the cloud LM reads it; control tokens in it are plain text.

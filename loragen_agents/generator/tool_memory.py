@@ -1,10 +1,10 @@
 """Associative tool memory: a registry written into `down_proj` as rank-one pieces `v kᵀ`, some for each tool.
 
 Where routed experts carry format and task, the pieces carry the registry itself, as fast weights and linear
-associative memories do. A tool is read once: its description stands in the place of a user's request, the edge LM runs
-up to `Action:` and on through the tool's name, and the FFN activations at the places where a token of the name has to
-come out become keys; the value of a piece is the direction that raises that token's logit. A request that means what
-the description says has similar activations at `Action:`, so the pieces answer with the name.
+associative memories do. A tool is read once: its description stands in the place of a user's request, and the edge LM
+runs over the step that would call it. The FFN activations at the places where the registry has a say in the next token
+become keys; the value of a piece is the direction that raises the right token's logit. A request that means what the
+description says has similar activations at the same places, so the pieces answer with what the registry says there.
 
 Pieces of different tools do not depend on each other but for a common mean that is taken off, so that a registry grows
 or shrinks by a tool without reading the others again. This module knows how keys and values become weights; it knows
@@ -13,35 +13,59 @@ nothing of tokenizers, prompts or registries (see `tool_reading`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FIRST, LATER = 0, 1
+from loragen_agents.tool_match import ToolMatch
+
+
+class PieceKind(IntEnum):
+    """What a piece answers with.
+
+    NAME_START: the first token of a tool's name. NAME: a later one, or the line's end behind it.
+    ARGUMENT: a token of an argument's name, in a json input.
+    INPUT: how an input begins, which is how json inputs differ from csv.
+    DECISION: that a tool is called, and not none.
+    """
+
+    NAME_START = 0
+    NAME = 1
+    ARGUMENT = 2
+    INPUT = 3
+    DECISION = 4
+
+
+# In these, what all tools of a registry have in common says nothing. That some tool serves a request, and how inputs
+# are written, is on the contrary the same for all of them.
+_CENTRED = (PieceKind.NAME_START, PieceKind.NAME, PieceKind.ARGUMENT)
 
 
 @dataclass(frozen=True)
 class ToolReading:
     """What was read of one tool.
 
-    activations: inputs of `down_proj` in the memory's layers where a token of the name comes next, with shape
-        (memory layers, pieces, intermediate size); piece 0 stands at `Action:`.
-    token_ids: the tokens that come next, with shape (pieces,): the name's, and the one that ends it.
+    activations: inputs of `down_proj` in the memory's layers where a piece has a say, with shape
+        (memory layers, pieces, intermediate size).
+    directions: what raises the logit of the token that is to come there, with shape (pieces, hidden size).
+    kinds: a `PieceKind` for each piece, with shape (pieces,); each tool has one DECISION, one NAME_START and one INPUT.
     """
 
     activations: Tensor
-    token_ids: Tensor
+    directions: Tensor
+    kinds: Tensor
 
 
 class ToolMemory(nn.Module):
     """Turns readings of tools into rank-one updates of `down_proj`, with a few learnt maps.
 
-    Of a layer l and a piece p with activation x and token w, the key is k = norm(c + U_l D_l c). Here c is x less a
-    learnt background and less its part in the directions that FFN activations commonly have; before norm, the mean of
-    the registry's pieces of the same kind is taken off. The value is v = e + V_l W_l e, where e is the token's row of
-    the unembedding times the final norm's gain, centred and normalised in the same way. The update of `down_proj` is
-    s_l v kᵀ. First tokens of names and later ones are two kinds, with their own background and scale s.
+    Of a layer l and a piece of kind κ with activation x, the key is k = norm(c + U_κl D_κl c). Here c is x less a
+    learnt background and less its part in the directions that FFN activations commonly have; for names and arguments,
+    the mean of the registry's pieces of the same kind is taken off before norm. The value is v = e + V_l W_l e, where e
+    is the piece's direction, centred in the same way and normalised. The update of `down_proj` is s_κl v kᵀ; as the
+    INPUT pieces of all tools fire together, they share one s.
 
     layers: the edge layers that hold pieces, in order.
     """
@@ -61,26 +85,36 @@ class ToolMemory(nn.Module):
         initial_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        count = len(layers)
+        kinds, count = len(PieceKind), len(layers)
         self.layers = tuple(layers)
-        self.scale = nn.Parameter(torch.full((2, count), initial_scale))
-        self.background = nn.Parameter(torch.zeros(2, count, intermediate_size))
-        # Pieces that answered to what all activations share would fire at every token, not at names alone.
+        self.scale = nn.Parameter(torch.full((kinds, count), initial_scale))
+        self.background = nn.Parameter(torch.zeros(kinds, count, intermediate_size))
+        # Pieces that answered to what all activations share would fire at every token, not where they belong alone.
         self.register_buffer("common", torch.zeros(count, intermediate_size, common_rank))
-        self.key_down = nn.Parameter(torch.randn(count, intermediate_size, key_rank) * 0.02)
-        self.key_up = nn.Parameter(torch.zeros(count, key_rank, intermediate_size))
+        self.key_down = nn.Parameter(torch.randn(kinds, count, intermediate_size, key_rank) * 0.02)
+        self.key_up = nn.Parameter(torch.zeros(kinds, count, key_rank, intermediate_size))
         self.value_down = nn.Parameter(torch.randn(count, hidden_size, value_rank) / hidden_size**0.5)
         self.value_up = nn.Parameter(torch.zeros(count, value_rank, hidden_size))
         self.match_weight = nn.Parameter(torch.full((count,), 20.0 / count))
+        self.decision_weight = nn.Parameter(torch.full((count,), 20.0 / count))
+        self.decision_threshold = nn.Parameter(torch.tensor(5.0))
 
     def keys(self, readings: Sequence[ToolReading]) -> tuple[Tensor, Tensor]:
         """Keys of all pieces (memory layers, pieces, intermediate size), and the kind of each (pieces,)."""
         x = torch.cat([reading.activations for reading in readings], dim=1).to(self.scale)
-        kinds = torch.cat([_kinds(reading) for reading in readings]).to(x.device)
-        centred = x - self.background[kinds].transpose(0, 1)
+        kinds = _kinds(readings).to(x.device)
+        keys = torch.zeros_like(x)
+        for kind in PieceKind:
+            chosen = (kinds == kind).nonzero()[:, 0]
+            if len(chosen):
+                keys = keys.index_copy(1, chosen, self._keys_of(kind, x[:, chosen]))
+        return keys, kinds
+
+    def _keys_of(self, kind: PieceKind, x: Tensor) -> Tensor:
+        centred = x - self.background[kind][:, None]
         centred = centred - torch.bmm(torch.bmm(centred, self.common), self.common.transpose(1, 2))
-        mapped = centred + torch.bmm(torch.bmm(centred, self.key_down), self.key_up)
-        return F.normalize(_less_mean(mapped, kinds), dim=-1), kinds
+        mapped = centred + torch.bmm(torch.bmm(centred, self.key_down[kind]), self.key_up[kind])
+        return F.normalize(_less_mean(kind, mapped), dim=-1)
 
     @torch.no_grad()
     def set_background(self, readings: Sequence[ToolReading], activations: Tensor) -> None:
@@ -90,53 +124,46 @@ class ToolMemory(nn.Module):
         activations: inputs of `down_proj` at the tokens of ordinary steps, with shape
             (memory layers, tokens, intermediate size).
         """
-        kinds = torch.cat([_kinds(reading) for reading in readings])
+        kinds = _kinds(readings)
         x = torch.cat([reading.activations for reading in readings], dim=1).to(self.scale)
-        for kind in (FIRST, LATER):
-            self.background[kind] = x[:, kinds == kind].mean(dim=1)
+        for kind in PieceKind:
+            if (kinds == kind).any():
+                self.background[kind] = x[:, kinds == kind].mean(dim=1)
         for layer, rows in enumerate(activations.to(self.scale)):
             _, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
             self.common[layer] = vectors[:, -self.common.shape[-1] :]
 
-    def forward(
-        self, readings: Sequence[ToolReading], directions: Tensor
-    ) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-        """The pieces of a registry as LoRA entries of `down_proj`: A (pieces, intermediate), B (hidden, pieces).
-
-        directions: the unembedding row times the final norm's gain of every piece's token, with shape
-            (pieces, hidden size), in the order of `readings`.
-        """
+    def forward(self, readings: Sequence[ToolReading]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+        """The pieces of a registry as LoRA entries of `down_proj`: A (pieces, intermediate), B (hidden, pieces)."""
         keys, kinds = self.keys(readings)
-        e = directions.to(self.scale)
-        e = F.normalize(_less_mean(e[None], kinds), dim=-1).expand(len(self.layers), -1, -1)
+        directions = torch.cat([reading.directions for reading in readings]).to(self.scale)
+        e = torch.zeros_like(directions)
+        for kind in PieceKind:
+            e[kinds == kind] = _less_mean(kind, directions[None, kinds == kind])[0]
+        e = F.normalize(e, dim=-1).expand(len(self.layers), -1, -1)
         values = e + torch.bmm(torch.bmm(e, self.value_down), self.value_up)
-        values = values * self.scale[kinds].T[..., None]
+        inputs = kinds == PieceKind.INPUT
+        shares = torch.where(inputs, 1 / inputs.sum().clamp(min=1), 1.0)
+        values = values * (self.scale[kinds] * shares[:, None]).T[..., None]
         return {(layer, "down_proj"): (keys[n], values[n].T) for n, layer in enumerate(self.layers)}
 
-    def match(self, readings: Sequence[ToolReading], activations: Tensor) -> Tensor:
-        """How well requests fit each tool, as logits over the registry with shape (requests, tools).
-
-        activations: inputs of `down_proj` at the requests' own `Action:`, with shape
-            (memory layers, requests, intermediate size).
-        """
+    def match(self, readings: Sequence[ToolReading]) -> ToolMatch:
+        """What requests are matched with by state, with gradients."""
         keys, kinds = self.keys(readings)
-        x = activations.to(self.scale) - self.background[FIRST][:, None]
-        cosine = torch.einsum("lri,lti->lrt", F.normalize(x, dim=-1), keys[:, kinds == FIRST])
-        return torch.einsum("l,lrt->rt", self.match_weight, cosine)
+        return ToolMatch(
+            self.layers,
+            decision_keys=keys[:, kinds == PieceKind.DECISION],
+            name_keys=keys[:, kinds == PieceKind.NAME_START],
+            backgrounds=self.background[[PieceKind.DECISION, PieceKind.NAME_START]],
+            weights=torch.stack([self.decision_weight, self.match_weight]),
+            threshold=self.decision_threshold,
+        )
 
 
-def _kinds(reading: ToolReading) -> Tensor:
-    kinds = torch.full((len(reading.token_ids),), LATER)
-    kinds[0] = FIRST
-    return kinds
+def _kinds(readings: Sequence[ToolReading]) -> Tensor:
+    return torch.cat([reading.kinds for reading in readings])
 
 
-def _less_mean(x: Tensor, kinds: Tensor) -> Tensor:
-    """x (layers, pieces, width) less the mean over the pieces of the same kind; a single piece stays as it is."""
-    out = x
-    for kind in (FIRST, LATER):
-        chosen = kinds == kind
-        if int(chosen.sum()) > 1:
-            mean = x[:, chosen].mean(dim=1, keepdim=True)
-            out = torch.where(chosen[None, :, None], out - mean, out)
-    return out
+def _less_mean(kind: PieceKind, x: Tensor) -> Tensor:
+    """x (layers, pieces, width) less the mean over the pieces, where the kind asks for it; a single one stays as is."""
+    return x - x.mean(dim=1, keepdim=True) if kind in _CENTRED and x.shape[1] > 1 else x

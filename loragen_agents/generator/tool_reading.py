@@ -1,24 +1,44 @@
-"""Reads tools for the associative memory: one pass of the edge LM over each description, up to the end of its name.
+"""Reads tools for the associative memory: one pass of the edge LM over each description and the call it asks for.
 
 Knows prompts and the edge LM; what keys and values become of the states is `tool_memory`'s part.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loragen_agents.generator.tool_memory import ToolReading
+from loragen_agents.generator.tool_memory import PieceKind, ToolReading
 from loragen_agents.language_models import gated_ffn_layers
 from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.registry import Tool
+from loragen_agents.registry import InputFormat, Tool
 
-_CALL = " Yes\nAction:"
+_YES, _NO, _CALL, _INPUT, _OPENING = " Yes", " No", " Yes\nAction:", "\nAction Input:", ' {"'
 # Descriptions are instructions, whatever their length: what stands far behind the first lines tells little about when
 # a tool is wanted, and every token is paid for at specialisation.
 MAX_DESCRIPTION = 400
+# Each token of an argument's name adds one to the rank of the weights.
+MAX_ARGUMENTS = 8
+
+
+@dataclass(frozen=True)
+class ReadingText:
+    """A reading as token ids, and where pieces are taken from it.
+
+    places: of each piece, the index in `ids` of the token whose successor it answers with.
+    kinds: a `PieceKind` each.
+    raised, lowered: token ids whose logit a piece raises and lowers, None for none.
+    """
+
+    ids: list[int]
+    places: list[int]
+    kinds: list[PieceKind]
+    raised: list[int | None]
+    lowered: list[int | None]
 
 
 def description_as_request(tool: Tool) -> str:
@@ -29,14 +49,58 @@ def description_as_request(tool: Tool) -> str:
     return f"Please {text}."
 
 
-def reading_ids(renderer: PromptRenderer, tool: Tool) -> tuple[list[int], int]:
-    """Token ids of a reading, and how many at its end are predicted: the name's and the one that ends it."""
+def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat = "json") -> ReadingText:
+    """What the edge LM reads of a tool: its description as a request, and the step that calls it.
+
+    Argument values are left open: where a value stands in a json input, the argument's name is written in words.
+    """
     prompt = renderer.user_turn([Turn(description_as_request(tool))])
-    # The name is tokenised together with what stands around it, as it is in a step that the model writes.
-    head, step = renderer.encode_text(_CALL), renderer.encode_text(f"{_CALL} {tool.name}\n")
-    if step[: len(head)] != head:
-        raise AssertionError(f"{tool.name!r} changes the tokens of {_CALL!r} before it")
-    return prompt + step, len(step) - len(head)
+    yes, no, opening = (renderer.encode_text(text)[0] for text in (_YES, _NO, _OPENING))
+    # The step is tokenised as a whole, as it is when a model writes it; parts remember which piece of it is which.
+    parts: list[tuple[str, PieceKind | None]] = [(_CALL, None), (f" {tool.name}", PieceKind.NAME), (_INPUT, None)]
+    if input_format == "json":
+        names = tool.argument_names[:MAX_ARGUMENTS]
+        parts.append((" {" if names else " {}", PieceKind.INPUT))
+        for number, name in enumerate(names):
+            written = json.dumps(name, ensure_ascii=False)[1:-1]
+            parts += [(', "' if number else '"', None), (written, PieceKind.ARGUMENT)]
+            parts.append((f'": {_example(tool, name, written)}', None))
+    ids, starts = renderer.encode_with_starts("".join(text for text, _ in parts))
+    made = ReadingText([], [len(prompt) - 1], [PieceKind.DECISION], [yes], [no])
+
+    def add(index: int, kind: PieceKind, raised: int | None, lowered: int | None = None) -> None:
+        made.places.append(len(prompt) + index - 1)
+        made.kinds.append(kind)
+        made.raised.append(raised)
+        made.lowered.append(lowered)
+
+    ends = [*starts[1:], sum(len(text) for text, _ in parts)]
+    begin = 0
+    for text, kind in parts:
+        end = begin + len(text)
+        if kind is not None:
+            inside = [n for n in range(len(ids)) if starts[n] < end and ends[n] > begin]
+            if kind is PieceKind.NAME:
+                # The token behind a name tells "find" from "find_all".
+                inside.append(inside[-1] + 1)
+                add(inside[0], PieceKind.NAME_START, ids[inside[0]])
+                inside = inside[1:]
+            elif kind is PieceKind.INPUT:
+                inside = inside[:1]
+            for index in inside:
+                add(index, kind, ids[index])
+        begin = end
+    if input_format == "csv":
+        add(len(ids), PieceKind.INPUT, None, opening)
+    # What stands behind the last place has no bearing on any.
+    made.ids.extend((prompt + ids)[: made.places[-1] + 1])
+    return made
+
+
+def _example(tool: Tool, argument: str, written: str) -> str:
+    schema = tool.parameters["properties"][argument]
+    numeric = isinstance(schema, dict) and schema.get("type") in ("number", "integer")
+    return "0" if numeric else f'"{" ".join(written.replace("_", " ").split())}"'
 
 
 def read_tools(
@@ -44,6 +108,7 @@ def read_tools(
     renderer: PromptRenderer,
     tools: Sequence[Tool],
     layers: Sequence[int],
+    input_format: InputFormat = "json",
     max_tokens: int = 2048,
 ) -> list[ToolReading]:
     """Read tools in a few batches of similar length, each at most `max_tokens` long with its padding.
@@ -51,23 +116,39 @@ def read_tools(
     model: the edge LM with its format weights in place and no memory.
     layers: the memory's layers.
     """
-    rows = [reading_ids(renderer, tool) for tool in tools]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    rows = [reading_text(renderer, tool, input_format) for tool in tools]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     readings: dict[int, ToolReading] = {}
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and len(rows[order[end]][0]) * (end + 1 - start) <= max_tokens:
+        while end < len(order) and len(rows[order[end]].ids) * (end + 1 - start) <= max_tokens:
             end += 1
         chunk = order[start:end]
         start = end
-        batch = pad_right([rows[index][0] for index in chunk], model.device)
+        batch = pad_right([rows[index].ids for index in chunk], model.device)
         captured = capture_down_proj_inputs(model, layers, batch)
         for row, index in enumerate(chunk):
-            ids, count = rows[index]
-            places = slice(len(ids) - count - 1, len(ids) - 1)
-            readings[index] = ToolReading(captured[:, row, places].clone(), torch.tensor(ids[-count:]))
+            text = rows[index]
+            directions = _logit_directions(model, text.raised) - _logit_directions(model, text.lowered)
+            readings[index] = ToolReading(
+                captured[:, row, text.places].clone(), directions, torch.tensor([int(kind) for kind in text.kinds])
+            )
     return [readings[index] for index in range(len(rows))]
+
+
+@torch.no_grad()
+def _logit_directions(model: PreTrainedModel, tokens: Sequence[int | None]) -> Tensor:
+    """Unembedding rows times the final norm's gain, with shape (tokens, hidden size); zeros in the place of None."""
+    known = torch.tensor([token is not None for token in tokens], device=model.device)
+    ids = torch.tensor([token or 0 for token in tokens], device=model.device)
+    rows = model.get_output_embeddings().weight[ids].float() * known[:, None]
+    norm = getattr(model.base_model, "norm", None)
+    gain = getattr(norm, "weight", None)
+    if gain is None:
+        return rows
+    # Gemma's norms multiply by 1 + weight.
+    return rows * (gain.float() + (1 if "Gemma" in type(norm).__name__ else 0))
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tensor:

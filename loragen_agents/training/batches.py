@@ -19,12 +19,14 @@ class TokenizedSample:
     parts: index into `PARTS` of each target token.
     choice: index of the gold tool in the registry, None where the gold is an answer.
     action_place: index in `input_ids` of the last token of `Action:`, None where the gold is an answer.
+    opening: whether no step has been taken in the open turn, so that the request alone decides.
     """
 
     input_ids: list[int]
     parts: list[int]
     choice: int | None
     action_place: int | None
+    opening: bool = True
 
     @property
     def prompt_length(self) -> int:
@@ -52,10 +54,11 @@ def tokenize_sample(
         prompt = renderer.full_react(episode.registry, sample.turns)
     else:
         prompt = renderer.user_turn(sample.turns)
+    opening = not sample.turns[-1].steps
     if isinstance(sample.gold, str):
         ids.append(renderer.end_token_ids[0])
         parts.append(PARTS.index("answer"))
-        return TokenizedSample(prompt + ids, parts, None, None)
+        return TokenizedSample(prompt + ids, parts, None, None, opening)
     choice = episode.registry.names.index(sample.gold.name)
     assert action_place is not None
-    return TokenizedSample(prompt + ids, parts, choice, len(prompt) + action_place)
+    return TokenizedSample(prompt + ids, parts, choice, len(prompt) + action_place, opening)

@@ -5,7 +5,7 @@ edge LM into what made the weights. Most target tokens copy arguments, so the pa
 arguments, answer) are averaged and weighted apart. Knows models and losses; where episodes come from it does not know.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,11 +70,11 @@ class Rates:
 
 
 class EpisodeModel(nn.Module):
-    """Loss of a generator on episodes: L_LM by parts, plus Eq. 9, plus the memory's match (paper Eq. 10).
+    """Loss of a generator on episodes: L_LM by parts, plus Eq. 9, plus the memory's matches (paper Eq. 10).
 
     generator: what is trained; its language models stay frozen.
     weights: of the parts of a step.
-    match_weight: of the cross entropy of the memory's match over the registry's tools.
+    match_weight: of the cross entropy of the memory's matches over the registry's tools, and over these and none.
     first_layer: LoRA weights of layers below are left out, which saves the way back through them.
     batch_tokens: rows of similar length are run together up to this many tokens with padding.
     """
@@ -102,7 +102,9 @@ class EpisodeModel(nn.Module):
         kept = [episode for episode in episodes if episode.samples]
         if not kept:
             return torch.stack([p.sum() for p in self.generator.parameters() if p.requires_grad]).sum() * 0
-        made = self.generator([self._renderer[0].definitions(episode.registry) for episode in kept])
+        reads = self.generator.config.uses_cloud
+        prompts = [self._renderer[0].definitions(episode.registry) if reads else "" for episode in kept]
+        made = self.generator(prompts)
         losses = [self._episode(episode, self._trained(w)) for episode, w in zip(kept, made.weights, strict=True)]
         return torch.stack(losses).mean() + made.load_loss
 
@@ -115,7 +117,7 @@ class EpisodeModel(nn.Module):
         activations, readings = [], []
         for episode in episodes:
             beside = self._trained(self.generator.generate(self._renderer[0].definitions(episode.registry)))
-            readings += writer.read(tuple(episode.registry)[:8], beside)
+            readings += writer.read(episode.registry, beside)
             for chunk in self._chunks(episode.samples):
                 ids = pad_right([sample.input_ids for sample in chunk], self._edge[0].device)
                 kept = torch.zeros_like(ids, dtype=torch.bool)
@@ -129,19 +131,20 @@ class EpisodeModel(nn.Module):
         return replace(weights, tensors=tensors)
 
     def _episode(self, episode: TokenizedEpisode, weights: LoRAWeights) -> Tensor:
-        tools = tuple(episode.registry)
         writer = self.generator.tool_memory
-        readings = writer.read(tools, weights) if writer is not None and tools else []
-        if writer is not None and readings:
-            pieces = LoRAWeights(weights.layers, 1, 1, writer.memory(readings, writer.directions(readings)))
+        match = None
+        if writer is not None and episode.registry:
+            pieces, match = writer(episode.registry, weights)
             weights = weights.concatenate(pieces)
+        tools = len(episode.registry)
         all_parts = torch.tensor([part for sample in episode.samples for part in sample.parts])
         counts = torch.bincount(all_parts, minlength=len(PARTS)).tolist()
         calls = sum(sample.choice is not None for sample in episode.samples)
+        openings = sum(sample.opening for sample in episode.samples)
         loss = torch.zeros((), device=self._edge[0].device)
         with apply_lora(self._edge[0], weights):
             for chunk in self._chunks(episode.samples):
-                entropy, right, parts, activations = self._run(chunk)
+                entropy, right, parts, at = self._run(chunk)
                 for index, part in enumerate(PARTS):
                     chosen = parts == index
                     if chosen.any():
@@ -149,14 +152,27 @@ class EpisodeModel(nn.Module):
                         loss = loss + self.weights[part] * full * entropy[chosen].sum() / counts[index]
                         self.rates.add(f"loss_{part}", entropy[chosen])
                 self._count(chunk, right, parts)
-                if activations is not None and writer is not None and len(tools) > 1:
-                    choices = torch.tensor([s.choice for s in chunk if s.choice is not None], device=loss.device)
-                    logits = writer.memory.match(readings, activations)
-                    match = F.cross_entropy(logits, choices, reduction="none")
-                    loss = loss + self.match_weight * match.sum() / calls
-                    self.rates.add("loss_match", match)
-                    self.rates.add("match", logits.argmax(dim=-1) == choices)
+                if match is None:
+                    continue
+                asked = [sample.action_place for sample in chunk]
+                if tools > 1 and any(place is not None for place in asked):
+                    logits = match.choose(at(asked))
+                    choices = [sample.choice for sample in chunk if sample.choice is not None]
+                    loss = loss + self.match_weight * self._match("match", logits, choices) / calls
+                asked = [sample.prompt_length - 1 if sample.opening else None for sample in chunk]
+                if any(place is not None for place in asked):
+                    logits = match.decide(at(asked))
+                    choices = [tools if s.choice is None else s.choice for s in chunk if s.opening]
+                    loss = loss + self.match_weight * self._match("serves", logits, choices) / openings
         return loss
+
+    def _match(self, name: str, logits: Tensor, choices: Sequence[int]) -> Tensor:
+        """Summed cross entropy of the memory's match; its rates are counted under `name`."""
+        gold = torch.tensor(choices, device=logits.device)
+        entropy = F.cross_entropy(logits, gold, reduction="none")
+        self.rates.add(f"loss_{name}", entropy)
+        self.rates.add(name, logits.argmax(dim=-1) == gold)
+        return entropy.sum()
 
     def _chunks(self, samples: Sequence[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
         """Samples of similar length together: padding costs as much as text."""
@@ -172,8 +188,14 @@ class EpisodeModel(nn.Module):
         if chunk:
             yield chunk
 
-    def _run(self, chunk: Sequence[TokenizedSample]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Cross entropy, rightness and part of every target token (tokens,), and the activations at `Action:`."""
+    def _run(
+        self, chunk: Sequence[TokenizedSample]
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Sequence[int | None]], Tensor]]:
+        """Cross entropy, rightness and part of every target token (tokens,), and a look at the memory's activations.
+
+        The last takes a place for each sample, or None to pass it over, and gives the inputs of `down_proj` there, with
+        shape (memory layers, places, intermediate size).
+        """
         model, writer = self._edge[0], self.generator.tool_memory
         ids = pad_right([sample.input_ids for sample in chunk], model.device)
         with down_proj_inputs(model, writer.memory.layers if writer is not None else ()) as inputs:
@@ -183,12 +205,12 @@ class EpisodeModel(nn.Module):
         labels = torch.cat([torch.tensor(s.input_ids[s.prompt_length :]) for s in chunk]).to(ids.device)
         parts = torch.cat([torch.tensor(s.parts) for s in chunk]).to(ids.device)
         logits = model.get_output_embeddings()(hidden[rows, places]).float()
-        asked = [(row, s.action_place) for row, s in enumerate(chunk) if s.action_place is not None]
-        activations = None
-        if writer is not None and asked:
-            index = torch.tensor(asked).T
-            activations = torch.stack([inputs[layer][index[0], index[1]] for layer in writer.memory.layers])
-        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels, parts, activations
+
+        def at(places: Sequence[int | None]) -> Tensor:
+            rows, columns = torch.tensor([(row, place) for row, place in enumerate(places) if place is not None]).T
+            return torch.stack([tensor[rows, columns] for tensor in inputs.values()])
+
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels, parts, at
 
     def _count(self, chunk: Sequence[TokenizedSample], right: Tensor, parts: Tensor) -> None:
         """Rates of whole parts: a greedy decoder gets a part right just where every token of it is the likeliest."""

@@ -27,7 +27,8 @@ class Evaluation(_Strict):
 class Recipe(_Strict):
     """One training run.
 
-    The score of an evaluation is the mean of the rates of right names (real and invented) and right decisions.
+    The score of an evaluation is the mean of the rates of right names (real and invented) and right decisions, which
+    with a tool memory are those of its match.
     """
 
     cloud: str = DEFAULT_MODEL

@@ -120,10 +120,12 @@ class GeneratorTrainer(Trainer):
             metrics |= {f"{metric_key_prefix}_{kind}_{k}": round(v, 4) for k, v in self.model.rates.means().items()}
         self.model.rates = counted
         self.model.train(training)
+        # With a tool memory it is the match by which the specialised model decides whether a request calls for a tool.
+        deciding = "serves" if any(name.endswith("_serves") for name in metrics) else "decision"
         rates = [
             metrics[f"{metric_key_prefix}_{kind}_{part}"]
             for kind in self.dev
-            for part in ("name", "decision")
+            for part in ("name", deciding)
             if f"{metric_key_prefix}_{kind}_{part}" in metrics
         ]
         metrics[f"{metric_key_prefix}_score"] = sum(rates) / max(1, len(rates))

@@ -53,7 +53,7 @@ def test_specialising_costs_at_most_half_more_than_a_prefill(language_model, gen
             language_model.model(ids, logits_to_keep=1)
 
     def specialise() -> None:
-        weights = generator.generate(renderer.definitions(registry), tuple(registry))
+        weights = generator.generate(renderer.definitions(registry), registry)
         SpecializedLM(language_model, weights, registry)
 
     def cpu_seconds(task) -> float:

@@ -15,6 +15,7 @@ from loragen_agents.bench.results import RunFolder
 from loragen_agents.bench.rows import row_from_name, rows_from_names
 from loragen_agents.bench.runner import run_rows
 from loragen_agents.cli import main
+from loragen_agents.edge.tool_choice import NAMES_ALONE
 from loragen_agents.errors import DataError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.language_models import gated_ffn_layers, load_language_model
@@ -107,7 +108,7 @@ def test_grammar_rows_write_steps(engine: ModelEngine) -> None:
 
 def test_scored_choice_writes_a_step_of_the_chosen_tool(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
-    for name in ("lora-gen+choice", "definitions+choice", "definitions+cached+choice"):
+    for name in ("lora-gen+choice", "lora-gen+match", "definitions+choice", "definitions+cached+choice"):
         session = engine.open(row_from_name(name), registry, "")
         one, two = session.write(TURNS), session.write(TURNS)
         assert one.text == two.text and one.text.startswith((" Yes\nAction: ", " No\nAI: "))
@@ -115,6 +116,23 @@ def test_scored_choice_writes_a_step_of_the_chosen_tool(engine: ModelEngine) -> 
         # Nothing is left from the turn before but the definitions, where they are kept.
         assert two.cost.cached_tokens == one.cost.cached_tokens or name.startswith("definitions+cached")
         assert (one.cost.cached_tokens > 0) == name.startswith("definitions+cached")
+
+
+def test_the_match_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path) -> None:
+    registry = mini_registry("unseen")
+    config = GeneratorConfig(n_experts=1, expert_scope="per_layer", rank=2, memory_layers=2, memory_common_rank=2)
+    generator = LoRAGenerator(config, None, engine.edge)
+    assert generator.tool_memory is not None
+    with torch.no_grad():
+        generator.tool_memory.memory.decision_threshold.fill_(1e4)
+    folder = generator.save(tmp_path / "memory")
+    engine = ModelEngine("gpt4tools", edge=engine.edge.name, weights=[f"lora-gen={folder}"], max_tokens=24)
+    never = engine.open(row_from_name("lora-gen+match"), registry, "").write(TURNS)
+    assert never.text.startswith(" No\nAI:")
+    names = engine.open(row_from_name("lora-gen+choice"), registry, "")
+    assert names._scorer is not None and names._scorer.weights == NAMES_ALONE
+    with pytest.raises(DataError, match="only a generator with a tool memory"):
+        row_from_name("definitions+match")
 
 
 def test_rows_without_weights_name_their_command(engine: ModelEngine) -> None:

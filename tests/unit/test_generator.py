@@ -11,7 +11,7 @@ from loragen_agents.generator import GeneratorConfig, LoRAGenerator, memory_writ
 from loragen_agents.generator.checkpoint import ModelIdentity, resolve
 from loragen_agents.language_models import PROJECTIONS, LanguageModel
 from loragen_agents.lora_weights import LoRAWeights, apply_lora
-from loragen_agents.registry import Tool
+from loragen_agents.registry import Tool, ToolRegistry
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 LAYERS = SIZES["num_hidden_layers"]
@@ -159,6 +159,7 @@ def tool(name, description):
 
 
 TOOLS = [tool("date", "Tells the date."), tool("weather", "Tells the weather."), tool("mail", "Sends a letter.")]
+REGISTRY = ToolRegistry(TOOLS)
 
 
 def with_memory(experts=4):
@@ -170,8 +171,8 @@ def with_memory(experts=4):
 def test_the_tool_memory_stands_beside_the_experts():
     made = with_memory()
     plain = made.generate(PROMPTS[0])
-    both = made.generate(PROMPTS[0], TOOLS)
-    pieces = made.tool_memory(TOOLS, plain)
+    both = made.generate(PROMPTS[0], REGISTRY)
+    pieces, _ = made.tool_memory(REGISTRY, plain)
     assert {entry for entry in pieces.tensors} == {(1, "down_proj"), (2, "down_proj")}
     for layer in range(LAYERS):
         extra = pieces.update(layer, "down_proj") if layer else torch.zeros(32, 64)
@@ -182,18 +183,18 @@ def test_a_registry_grows_by_a_tool_without_reading_the_others_again(monkeypatch
     read = []
     whole = memory_writer.read_tools
 
-    def counted(model, renderer, tools, layers):
+    def counted(model, renderer, tools, layers, input_format):
         read.append(len(tools))
-        return whole(model, renderer, tools, layers)
+        return whole(model, renderer, tools, layers, input_format)
 
     monkeypatch.setattr(memory_writer, "read_tools", counted)
     made = with_memory(experts=1)
-    made.generate(PROMPTS[0], TOOLS[:2])
-    grown = made.generate(PROMPTS[0], TOOLS)
+    made.generate(PROMPTS[0], ToolRegistry(TOOLS[:2]))
+    grown = made.generate(PROMPTS[0], REGISTRY)
     assert read == [2, 1]
-    assert same(grown, with_memory(experts=1).generate(PROMPTS[0], TOOLS))
+    assert same(grown, with_memory(experts=1).generate(PROMPTS[0], REGISTRY))
     made.train()
-    made.eval().generate(PROMPTS[0], TOOLS)
+    made.eval().generate(PROMPTS[0], REGISTRY)
     assert read[-1] == 3, "after training nothing that was read is valid any more"
 
 
@@ -205,7 +206,7 @@ def test_a_checkpoint_carries_the_tool_memory(tmp_path):
     loaded = LoRAGenerator.load(made.save(tmp_path), None, made.edge)
     with pytest.raises(ValueError, match="memory_layers is 4"):
         LoRAGenerator(replace(SMALL, memory_layers=4), made.cloud, made.edge)
-    assert same(loaded.generate("", TOOLS), made.generate("", TOOLS))
+    assert same(loaded.generate("", REGISTRY), made.generate("", REGISTRY))
 
 
 @pytest.mark.parametrize(

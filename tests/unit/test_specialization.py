@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loragen_agents import Tool, ToolRegistry, specialization
+from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.lora_weights import LoRAWeights
 from loragen_agents.prompting import Turn
 from loragen_agents.specialization import Specialization, forget_specializations, specialize
@@ -66,6 +67,20 @@ def test_memory_then_disk(parts, folder):
     assert loaded.definition_tokens == first.definition_tokens
     turns = [Turn("Hello")]
     assert loaded.model.generate([turns])[0].token_ids == first.model.generate([turns])[0].token_ids
+
+
+def test_what_requests_are_matched_with_is_kept_with_the_weights(parts, folder):
+    config = GeneratorConfig(n_experts=1, expert_scope="per_layer", rank=2, memory_layers=2, memory_common_rank=4)
+    generator = LoRAGenerator(config, None, parts["edge"])
+    first = specialize(REGISTRY, **{**parts, "generator": generator})
+    forget_specializations()
+    loaded = specialize(REGISTRY, **{**parts, "generator": generator})
+    assert loaded.source == "disk" and first.model.match is not None and loaded.model.match is not None
+    torch.testing.assert_close(loaded.model.match.decision_keys, first.model.match.decision_keys)
+    kept = folder / first.key / "tool_match.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    forget_specializations()
+    assert specialize(REGISTRY, **{**parts, "generator": generator}).source == "generated"
 
 
 def test_the_key_holds_all_that_the_weights_depend_on(parts, tmp_path):
@@ -158,13 +173,13 @@ def test_memory_and_disk_are_bounded(parts, folder, monkeypatch):
 
 def test_threads_make_one_specialisation_once(parts, monkeypatch):
     calls: list[str] = []
-    original = type(parts["generator"]).generate
+    original = type(parts["generator"]).generate_with_match
 
     def generate(self, *args, **kwargs):
         calls.append("generate")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(parts["generator"]), "generate", generate)
+    monkeypatch.setattr(type(parts["generator"]), "generate_with_match", generate)
     made: list[Specialization] = []
     threads = [threading.Thread(target=lambda: made.append(specialize(REGISTRY, **parts))) for _ in range(6)]
     for thread in threads:

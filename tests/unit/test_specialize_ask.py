@@ -49,7 +49,7 @@ def test_specialize_writes_what_peft_loads(options, tmp_path, capsys):
     edge = load_language_model(options[3], device="cpu", dtype="float32")
     generator = LoRAGenerator.load(options[5], cloud=edge, edge=edge)
     definitions = SpecializedLM(edge, None, REGISTRY).renderer.definitions(REGISTRY, "Be brief.")
-    merged = SpecializedLM(edge, generator.generate(definitions, tuple(REGISTRY)), REGISTRY).model
+    merged = SpecializedLM(edge, generator.generate(definitions, REGISTRY), REGISTRY).model
     loaded = PeftModel.from_pretrained(tiny_model(), out)
     tokens = torch.arange(3, 23)[None]
     with torch.inference_mode():

@@ -128,11 +128,11 @@ def test_turn_ends_of_the_chat_template_stop_decoding():
     assert special.decoder.stop_token_ids == ends
 
 
-def test_a_stream_can_be_cancelled():
+def test_a_stream_can_be_cancelled(monkeypatch):
     special = SpecializedLM(language_model(), random_weights(0), registry("ruler", "scale"))
     cancel = threading.Event()
     cancel.set()
-    special.scorer = lambda prompt: pytest.fail("tools were scored for nobody")
+    monkeypatch.setattr(special, "scorer", lambda prompt: pytest.fail("tools were scored for nobody"))
     stream = special.stream(TURNS, SHORT, cancel=cancel)
     assert "".join(stream) == "" and stream.completion.finish_reason == "cancelled"
 

@@ -1,13 +1,16 @@
-"""Choosing a tool by scoring all names: the figures, and what a specialised model makes of them."""
+"""Choosing a tool by its name and by state: the figures, and what a specialised model makes of them."""
 
 import pytest
 import torch
 
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
-from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ToolScorer
+from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ChoiceWeights, ToolScorer
+from loragen_agents.errors import CheckpointError
+from loragen_agents.generator.tool_reading import capture_down_proj_inputs
 from loragen_agents.prompting import Turn
 from loragen_agents.react import Answer, ToolStep, parse_step
+from loragen_agents.tool_match import ToolMatch
 from tests.unit.test_specialized import language_model, random_weights, registry
 
 TURNS = [Turn("How long is the table?")]
@@ -41,7 +44,7 @@ def test_priors_are_mean_scores_behind_requests_that_call_for_nothing(special):
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_probabilities_are_scores_less_the_share_of_priors(special, weight):
     prompt = special.renderer.user_turn(TURNS)
-    scorer = ToolScorer(special.decoder, special.renderer, special.registry, prior_weight=weight)
+    scorer = ToolScorer(special.decoder, special.renderer, special.registry, weights=ChoiceWeights(prior=weight))
     found = scorer(special.decoder.read(prompt))
     scores = torch.tensor(name_scores(special, TURNS[0].request))
     expected = (scores - weight * torch.tensor(scorer.priors)).softmax(0)
@@ -53,9 +56,66 @@ def test_probabilities_are_scores_less_the_share_of_priors(special, weight):
 
 def test_priors_that_are_given_are_not_worked_out_again(special):
     scorer = ToolScorer(
-        special.decoder, special.renderer, special.registry, prior_weight=1.0, priors=[0.0, -1e3, 1e3, 0.0]
+        special.decoder,
+        special.renderer,
+        special.registry,
+        weights=ChoiceWeights(prior=1.0),
+        priors=[0.0, -1e3, 1e3, 0.0],
     )
     assert scorer(special.decoder.read(special.renderer.user_turn(TURNS))).best == "find_all"
+
+
+def matching(special: SpecializedLM, request: str, tool: str, threshold: float) -> ToolMatch:
+    """A match whose keys are random, but for one tool's, which are the request's own activations."""
+    torch.manual_seed(4)
+    layers = (1, 2)
+    prompt = special.renderer.user_turn([Turn(request)])
+    called = special.renderer.encode_text(" Yes\nAction:")
+    own = capture_down_proj_inputs(special.model, layers, torch.tensor([[*prompt, *called]]))[:, 0]
+    keys = torch.randn(2, len(layers), len(NAMES), own.shape[-1])
+    keys[0, :, NAMES.index(tool)], keys[1, :, NAMES.index(tool)] = own[:, len(prompt) - 1], own[:, -1]
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    weights = torch.full((2, len(layers)), 20.0)
+    return ToolMatch(
+        layers, keys[0], keys[1], torch.zeros(2, len(layers), own.shape[-1]), weights, torch.tensor(threshold)
+    )
+
+
+@pytest.mark.parametrize("tool", ["find_all", "ruler"])
+@pytest.mark.parametrize("before", [[], [Turn("Good day!", (), "Good day to you.")]])
+def test_a_request_is_matched_at_its_own_activations(special, tool, before):
+    """Also where most of the prompt is known from before, and where a single token is left to read."""
+    match = matching(special, TURNS[0].request, tool, threshold=20.0)
+    scorer = ToolScorer(special.decoder, special.renderer, special.registry, match, weights=ChoiceWeights(match=1e3))
+    prompt = special.renderer.user_turn([*before, *TURNS])
+    for _ in range(2):
+        read = scorer.read(prompt)
+        expected = capture_down_proj_inputs(special.model, match.layers, torch.tensor([prompt]))[:, 0, -1]
+        torch.testing.assert_close(read.activations, expected, atol=1e-5, rtol=1e-4)
+    if not before:
+        found = scorer(read)
+        assert found.best == tool and found.calls_tool > 0.9
+        said = ToolScorer(special.decoder, special.renderer, special.registry)(read).calls_tool
+        assert scorer(read, opening=False).calls_tool == pytest.approx(said)
+
+
+def test_a_request_that_no_key_is_like_calls_no_tool(special):
+    match = matching(special, "Something else entirely", "ruler", threshold=60.0)
+    scorer = ToolScorer(special.decoder, special.renderer, special.registry, match)
+    assert scorer(scorer.read(special.renderer.user_turn(TURNS))).calls_tool < 0.1
+
+
+def test_a_match_reads_back_as_it_was_written(special, tmp_path):
+    match = matching(special, TURNS[0].request, "find", threshold=3.0)
+    match.save(tmp_path / "match.safetensors")
+    back = ToolMatch.load(tmp_path / "match.safetensors")
+    requests = torch.randn(2, 5, match.name_keys.shape[-1])
+    assert back.layers == match.layers
+    torch.testing.assert_close(back.decide(requests), match.decide(requests))
+    torch.testing.assert_close(back.choose(requests), match.choose(requests))
+    (tmp_path / "match.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"match\.safetensors is not a tool match"):
+        ToolMatch.load(tmp_path / "match.safetensors")
 
 
 def test_the_chosen_tool_is_the_one_that_is_called(special):

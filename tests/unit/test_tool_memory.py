@@ -3,16 +3,16 @@
 import torch
 import torch.nn.functional as F
 
-from loragen_agents.generator.tool_memory import FIRST, LATER, ToolMemory, ToolReading
+from loragen_agents.generator.tool_memory import PieceKind, ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import (
     capture_down_proj_inputs,
     description_as_request,
     read_tools,
-    reading_ids,
+    reading_text,
 )
 from loragen_agents.lora_weights import LoRAWeights, apply_lora
 from loragen_agents.prompting import PromptRenderer
-from loragen_agents.registry import Tool
+from loragen_agents.registry import InputFormat, Tool
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 HIDDEN, INTERMEDIATE = SIZES["hidden_size"], SIZES["intermediate_size"]
@@ -41,34 +41,59 @@ def memory(**settings: int) -> ToolMemory:
 
 
 def random_readings(*lengths: int) -> list[ToolReading]:
+    """Readings with names of these lengths, and a piece of each other kind; pieces in the order of `kinds_of`."""
     torch.manual_seed(2)
-    return [ToolReading(torch.randn(len(LAYERS), length, INTERMEDIATE), torch.arange(length)) for length in lengths]
+    return [
+        ToolReading(
+            torch.randn(len(LAYERS), len(kinds), INTERMEDIATE), torch.randn(len(kinds), HIDDEN), torch.tensor(kinds)
+        )
+        for kinds in map(kinds_of, lengths)
+    ]
+
+
+def kinds_of(length: int) -> list[int]:
+    name = [PieceKind.NAME_START, *([PieceKind.NAME] * (length - 1))]
+    return [int(kind) for kind in (PieceKind.DECISION, *name, PieceKind.INPUT, PieceKind.ARGUMENT)]
 
 
 def test_pieces_follow_the_formula_written_out_for_one_piece() -> None:
     made, readings = memory(), random_readings(2, 3)
-    directions = torch.randn(5, HIDDEN)
-    a, b = made(readings, directions)[2, "down_proj"]
+    a, b = made(readings)[2, "down_proj"]
 
-    # By hand: layer 2 is the memory's layer 1; of tool 1 the second piece, which is of the kind LATER.
-    x = torch.cat([reading.activations[1] for reading in readings]) - made.background[[0, 1, 0, 1, 1], 1]
+    # By hand: layer 2 is the memory's layer 1; the kinds of the pieces are D S N I A, D S N N I A.
+    later = [2, 7, 8]
+    x = torch.cat([reading.activations[1] for reading in readings])[later] - made.background[PieceKind.NAME, 1]
     x = x - x @ made.common[1] @ made.common[1].T
-    c = x + x @ made.key_down[1] @ made.key_up[1]
-    later = [1, 3, 4]
-    key = c[3] - c[later].mean(dim=0)
-    e = F.normalize(directions[3] - directions[later].mean(dim=0), dim=0)
+    c = x + x @ made.key_down[PieceKind.NAME, 1] @ made.key_up[PieceKind.NAME, 1]
+    key = c[1] - c.mean(dim=0)
+    directions = torch.cat([reading.directions for reading in readings])[later]
+    e = F.normalize(directions[1] - directions.mean(dim=0), dim=0)
     value = e + e @ made.value_down[1] @ made.value_up[1]
 
-    torch.testing.assert_close(a[3], key / key.norm())
-    torch.testing.assert_close(b[:, 3], made.scale[LATER, 1] * value)
-    assert a.shape == (5, INTERMEDIATE) and b.shape == (HIDDEN, 5)
+    torch.testing.assert_close(a[7], key / key.norm())
+    torch.testing.assert_close(b[:, 7], made.scale[PieceKind.NAME, 1] * value)
+    assert a.shape == (11, INTERMEDIATE) and b.shape == (HIDDEN, 11)
+
+
+def test_what_holds_for_every_tool_is_not_taken_off() -> None:
+    """All tools that say the same of inputs, or of being called at all, say it together and no louder than one."""
+    made = memory()
+    made.value_up.data.zero_()
+    one = random_readings(1)[0]
+    alone, crowd = made([one])[2, "down_proj"], made([one] * 5)[2, "down_proj"]
+    index = kinds_of(1).index(PieceKind.INPUT)
+    inputs = [index + 4 * n for n in range(5)]
+    torch.testing.assert_close(crowd[1][:, inputs] @ crowd[0][inputs], alone[1][:, [index]] @ alone[0][[index]])
+    torch.testing.assert_close(
+        crowd[1][:, 4 * 3], made.scale[PieceKind.DECISION, 1] * F.normalize(one.directions[0], dim=0)
+    )
 
 
 def test_keys_ignore_the_common_directions() -> None:
     made, readings = memory(), random_readings(1, 1, 1)
     made.key_up.data.zero_()
     shifted = [
-        ToolReading(r.activations + 3 * made.common[:, None, :, 0] * (n + 1), r.token_ids)
+        ToolReading(r.activations + 3 * made.common[:, None, :, 0] * (n + 1), r.directions, r.kinds)
         for n, r in enumerate(readings)
     ]
     torch.testing.assert_close(made.keys(shifted)[0], made.keys(readings)[0], atol=1e-5, rtol=1e-4)
@@ -77,23 +102,31 @@ def test_keys_ignore_the_common_directions() -> None:
 def test_a_request_that_looks_like_a_description_matches_its_tool() -> None:
     made, readings = memory(), random_readings(2, 2, 2)
     made.match_weight.data.fill_(5.0)
-    requests = torch.stack([reading.activations[:, 0] for reading in readings], dim=1)
-    logits = made.match(readings, requests + 0.1 * torch.randn_like(requests))
+    requests = torch.stack([reading.activations[:, 1] for reading in readings], dim=1)
+    logits = made.match(readings).choose(requests + 0.1 * torch.randn_like(requests))
     assert logits.argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_a_request_that_no_description_looks_like_is_for_no_tool() -> None:
+    made, readings = memory(), random_readings(2, 2, 2)
+    made.decision_weight.data.fill_(5.0)
+    served = torch.stack([reading.activations[:, 0] for reading in readings], dim=1)
+    others = torch.randn(len(LAYERS), 4, INTERMEDIATE)
+    logits = made.match(readings).decide(torch.cat([served, others], dim=1))
+    assert logits.argmax(dim=1).tolist() == [0, 1, 2, 3, 3, 3, 3]
 
 
 def test_order_of_tools_changes_nothing_but_the_order_of_pieces() -> None:
     made, readings = memory(), random_readings(2, 3)
-    directions = torch.randn(5, HIDDEN)
-    straight = made(readings, directions)[1, "down_proj"]
-    turned = made(readings[::-1], torch.cat([directions[2:], directions[:2]]))[1, "down_proj"]
+    straight = made(readings)[1, "down_proj"]
+    turned = made(readings[::-1])[1, "down_proj"]
     torch.testing.assert_close(straight[1] @ straight[0], turned[1] @ turned[0])
 
 
 def test_a_single_tool_gets_pieces_too() -> None:
     made, readings = memory(), random_readings(1)
-    a, b = made(readings, torch.randn(1, HIDDEN))[1, "down_proj"]
-    assert a.norm() > 0.9 and b.norm() > 0
+    a, b = made(readings)[1, "down_proj"]
+    assert (a.norm(dim=1) > 0.9).all() and (b.norm(dim=0) > 0).all()
 
 
 def test_background_is_the_mean_of_readings_and_common_the_leading_directions() -> None:
@@ -101,23 +134,76 @@ def test_background_is_the_mean_of_readings_and_common_the_leading_directions() 
     direction = F.normalize(torch.randn(INTERMEDIATE), dim=0)
     activations = torch.randn(len(LAYERS), 50, INTERMEDIATE) * 0.1 + 5 * torch.randn(len(LAYERS), 50, 1) * direction
     made.set_background(readings, activations)
-    firsts = torch.stack([reading.activations[:, 0] for reading in readings])
-    torch.testing.assert_close(made.background[FIRST].data, firsts.mean(dim=0))
+    for place, kind in enumerate((PieceKind.DECISION, PieceKind.NAME_START)):
+        own = torch.stack([reading.activations[:, place] for reading in readings])
+        torch.testing.assert_close(made.background[kind].data, own.mean(dim=0))
     for basis in made.common:
         torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-4, rtol=0)
         assert (basis.T @ direction).norm() > 0.99
 
 
-def test_readings_stand_where_a_token_of_the_name_comes_next() -> None:
+def pieces_of(tool: Tool, form: InputFormat, kind: PieceKind) -> list[tuple[str, str, str]]:
+    """What stands before each piece of a kind, what it raises, and what it lowers."""
+    decode = tiny_tokenizer().decode
+    text = reading_text(PromptRenderer(tiny_tokenizer()), tool, form)
+
+    def spelt(token: int | None) -> str:
+        return "" if token is None else str(decode([token]))
+
+    return [
+        (str(decode(text.ids[: place + 1])), spelt(raised), spelt(lowered))
+        for place, own, raised, lowered in zip(text.places, text.kinds, text.raised, text.lowered, strict=True)
+        if own is kind
+    ]
+
+
+FLIGHTS = Tool(
+    name="flights",
+    description="Find flights.",
+    parameters={"type": "object", "properties": {"city": {"type": "string"}, "seats": {"type": "integer"}}},
+)
+
+
+def test_a_reading_ends_a_name_where_the_line_ends() -> None:
+    for each in TOOLS:
+        (before, first, _), *later = pieces_of(each, "json", PieceKind.NAME_START) + pieces_of(
+            each, "json", PieceKind.NAME
+        )
+        assert description_as_request(each) in before and before.endswith("tool? Yes\nAction:")
+        assert first + "".join(raised for _, raised, _ in later) == f" {each.name}\n"
+
+
+def test_a_reading_decides_for_a_tool_behind_the_question() -> None:
+    ((before, raised, lowered),) = pieces_of(FLIGHTS, "json", PieceKind.DECISION)
+    assert before.endswith("Thought: Do I need to use a tool?")
+    assert (" Yes".startswith(raised), " No".startswith(lowered)) == (True, True) and raised != lowered
+
+
+def test_a_reading_spells_arguments_in_json_alone() -> None:
+    pieces = pieces_of(FLIGHTS, "json", PieceKind.ARGUMENT)
+    assert "".join(raised for _, raised, _ in pieces) == "cityseats"
+    assert pieces[0][0].endswith('Action Input: {"')
+    assert pieces[-1][0].rpartition("Action Input:")[2].startswith(' {"city": "city", "')
+    assert pieces_of(FLIGHTS, "csv", PieceKind.ARGUMENT) == []
+
+
+def test_the_input_format_turns_the_sign_of_how_an_input_begins() -> None:
+    ((before, raised, lowered),) = pieces_of(FLIGHTS, "json", PieceKind.INPUT)
+    assert before.endswith("Action Input:") and ' {"'.startswith(raised) and not lowered
+    ((before, raised, lowered),) = pieces_of(FLIGHTS, "csv", PieceKind.INPUT)
+    assert before.endswith("Action Input:") and ' {"'.startswith(lowered) and not raised
+    ((_, raised, _),) = pieces_of(TOOLS[0], "json", PieceKind.INPUT)
+    assert " {}".startswith(raised)
+
+
+def test_activations_are_those_at_the_places_of_the_pieces() -> None:
     model, renderer = tiny_model(), PromptRenderer(tiny_tokenizer())
-    readings = read_tools(model, renderer, TOOLS, LAYERS)
-    for each, reading in zip(TOOLS, readings, strict=True):
-        ids, count = reading_ids(renderer, each)
-        text = str(tiny_tokenizer().decode(ids))
-        assert description_as_request(each) in text and text.endswith(f" Yes\nAction: {each.name}\n")
-        assert tiny_tokenizer().decode(reading.token_ids) == f" {each.name}\n"
-        alone = capture_down_proj_inputs(model, LAYERS, torch.tensor([ids]))
-        torch.testing.assert_close(reading.activations, alone[:, 0, -count - 1 : -1], atol=1e-5, rtol=1e-4)
+    tools = [*TOOLS, FLIGHTS]
+    for each, reading in zip(tools, read_tools(model, renderer, tools, LAYERS), strict=True):
+        text = reading_text(renderer, each)
+        alone = capture_down_proj_inputs(model, LAYERS, torch.tensor([text.ids]))
+        torch.testing.assert_close(reading.activations, alone[:, 0, text.places], atol=1e-5, rtol=1e-4)
+        assert reading.kinds.tolist() == text.kinds
 
 
 def test_reading_in_small_batches_gives_the_same() -> None:
@@ -129,20 +215,19 @@ def test_reading_in_small_batches_gives_the_same() -> None:
 
 
 def test_written_pieces_raise_the_name_behind_its_description() -> None:
-    """In an untrained model, with nothing learnt, the pieces alone make the name's first token more likely."""
+    """In an untrained model, with nothing learnt, the pieces alone make the call's own tokens more likely."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     renderer = PromptRenderer(tokenizer)
     readings = read_tools(model, renderer, TOOLS, LAYERS)
     made = ToolMemory(LAYERS, HIDDEN, INTERMEDIATE, common_rank=1, initial_scale=4.0)
-    unembedding = model.get_output_embeddings().weight.float()
-    directions = unembedding[torch.cat([reading.token_ids for reading in readings])]
-    weights = LoRAWeights(SIZES["num_hidden_layers"], 1, 1, made(readings, directions))
+    weights = LoRAWeights(SIZES["num_hidden_layers"], 1, 1, made(readings))
     for each in TOOLS:
-        ids, count = reading_ids(renderer, each)
-        tokens = torch.tensor(ids[-count:])
+        text = reading_text(renderer, each)
+        named = [n for n, kind in enumerate(text.kinds) if kind in (PieceKind.NAME_START, PieceKind.NAME)]
+        places, tokens = [text.places[n] for n in named], torch.tensor([text.raised[n] for n in named])
 
-        def name_score(ids: list[int] = ids, count: int = count, tokens: torch.Tensor = tokens) -> float:
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -count - 1 : -1]
+        def name_score(ids: list[int] = text.ids, places: list[int] = places, tokens: torch.Tensor = tokens) -> float:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, places]
             return logits.log_softmax(-1).gather(-1, tokens[:, None]).sum().item()
 
         with torch.no_grad():

@@ -100,6 +100,29 @@ def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
     assert not still
 
 
+def test_the_match_learns_which_tool_serves_a_request_and_where_none_does(edge):
+    model = load_language_model(edge, dtype="float32")
+    renderer = shared_renderer(model.tokenizer)
+    learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), renderer)
+    options = sampler_options({"tools": [[2, 3, 1.0]], "kinds": {"call": 0.6, "unserved": 0.4}, "history": 0.0})
+    drawn = RegistrySampler(data(), options=options).episode(0)
+    assert {sample.kind for sample in drawn.samples} == {"call", "unserved"}
+    episode = tokenize_episode(renderer, drawn)
+    learner.set_background([episode])
+    learner.train()
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        learner([episode]).backward()
+        optimizer.step()
+    learner.eval()
+    learner.rates.clear()
+    learner([episode])
+    rates = learner.rates.means()
+    assert (rates["serves"], rates["match"]) == (1.0, 1.0)
+    assert learner.rates.counts["serves"] == len(drawn.samples)
+
+
 def test_several_episodes_in_a_step_weigh_the_same_as_one_by_one(edge):
     model = load_language_model(edge, dtype="float32")
     learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), shared_renderer(model.tokenizer))
