@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # A specialised SmolLM2-135M holds 160 MB of merged FFN weights of its own.
 MEMORY_ENTRIES = 4
-# A PEFT folder for SmolLM2-135M has 6 to 20 MB.
+# A PEFT folder for SmolLM2-135M has 10 to 40 MB, by the number of tools and arguments.
 DISK_ENTRIES = 64
 # Writing a folder takes a second; a temporary one this old has lost its writer.
 _ABANDONED_SECONDS = 3600

@@ -6,7 +6,9 @@ the model, as the accelerator's allocator or the operating system counts it.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,6 +166,8 @@ class PeakMemory:
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_allocated(self._device)
+        # What the allocator has kept from earlier work would be used again and not be seen.
+        _release_free_memory()
         try:
             # Linux: sets the process's high-water mark back to what it uses now.
             Path("/proc/self/clear_refs").write_text("5")
@@ -176,6 +180,13 @@ class PeakMemory:
             torch.cuda.synchronize(self._device)
             return torch.cuda.max_memory_allocated(self._device)
         return _status_bytes("VmHWM")
+
+
+def _release_free_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(key: str) -> int | None:
