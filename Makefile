@@ -1,6 +1,6 @@
 # A fresh machine needs Python 3.10 or newer with pip, and one of these two commands:
 #   make demo   ask the assistant a question that it answers with a tool
-#   make test   run all tests (make test-unit: those that need no model, in under a minute)
+#   make test   run all tests (make test-unit: those that need no model, in about two minutes)
 # Both make .venv first and use it again afterwards; it is brought up to date when pyproject.toml or constraints.txt
 # change. Another interpreter: make PYTHON=python3.12 test
 
