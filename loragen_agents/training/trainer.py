@@ -198,6 +198,7 @@ def train(
         model.set_background(
             [tokenize_episode(renderer, sampler.episode(n), max_tokens=recipe.max_tokens) for n in _BACKGROUND]
         )
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     on_cpu = edge.model.device.type == "cpu"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     arguments = TrainingArguments(
@@ -239,7 +240,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     model.train()
-    with _stop_after_step(trainer):
+    with _stop_after_step(trainer), _own_process_group(grouped):
         trainer.train(resume_from_checkpoint=last)
     if not (folder / "weights").is_dir() and arguments.should_save:
         generator.eval().save(folder / "weights")
@@ -359,6 +360,19 @@ class _StopRequest(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.wanted:
             control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _own_process_group(given: bool) -> Iterator[None]:
+    """Leave the process group that the Trainer made, unless it was there before.
+
+    A process that ends with the group's threads still running may abort, after all the work is done.
+    """
+    try:
+        yield
+    finally:
+        if not given and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @contextmanager
