@@ -85,9 +85,7 @@ class SpecializedLM:
         sampling = self._sampling(sampling, grammar)
         if not grammar:
             return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
-        # Nothing is scored for a caller who has gone; the stream then ends before its first token.
-        gone = cancel is not None and cancel.is_set()
-        if gone or not (score_tools and self._has_choice(sampling, tool_choice)):
+        if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
             return StepCompletionStream(self.decoder.stream(prompt, sampling, self.grammar(tool_choice), cancel))
         scored = self._score(prompt, tool_choice, opening=not turns[-1].steps)
         return StepCompletionStream(self.decoder.stream(scored.read, sampling, scored.grammar, cancel), scored)
@@ -107,8 +105,7 @@ class SpecializedLM:
         sampling = self._sampling(sampling, grammar)
         if not grammar:
             return self.decoder.generate(prompts, sampling, None, cancel)
-        gone = cancel is not None and cancel.is_set()
-        if gone or not (score_tools and self._has_choice(sampling, tool_choice)):
+        if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
             return self.decoder.generate(prompts, sampling, self.grammar(tool_choice), cancel)
         scored = [
             self._score(prompt, tool_choice, opening=not turns[-1].steps)
@@ -118,7 +115,10 @@ class SpecializedLM:
         completions = self.decoder.generate(reads, sampling, grammars, cancel)
         return [one.completed(completion) for one, completion in zip(scored, completions, strict=True)]
 
-    def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice) -> bool:
+    def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice, cancel: threading.Event | None) -> bool:
+        # Nothing is scored for a caller who has gone; decoding then ends before its first token.
+        if cancel is not None and cancel.is_set():
+            return False
         several = len(self.registry) > 1 or self.match is not None
         return several and sampling.temperature == 0 and tool_choice in ("auto", "any")
 
