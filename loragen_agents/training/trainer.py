@@ -366,13 +366,15 @@ class _StopRequest(TrainerCallback):
 def _own_process_group(given: bool) -> Iterator[None]:
     """Leave the process group that the Trainer made, unless it was there before.
 
-    A process that ends with the group's threads still running may abort, after all the work is done.
+    A process that ends with the group's threads still running may abort, after all the work is done. When the run
+    fails, the group stays: the launcher ends the other processes, which may be waiting in it.
     """
-    try:
-        yield
-    finally:
-        if not given and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    yield
+    if not given and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A thread of gloo that still drops the tensors of its last gather needs the interpreter lock, which the group's
+        # destructor holds while it waits for that thread. The barrier gives the lock up until all of them are idle.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
