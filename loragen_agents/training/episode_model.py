@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loragen_agents.generator import LoRAGenerator
-from loragen_agents.generator.tool_reading import capture_down_proj_inputs, down_proj_inputs, pad_right
+from loragen_agents.generator.tool_reading import capture_down_proj_inputs, down_proj_inputs
 from loragen_agents.lora_weights import LoRAWeights, apply_lora
 from loragen_agents.prompting import PromptRenderer
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.training.batches import PARTS, TokenizedSample, tokenize_sample
 from loragen_agents.training.episodes import Episode
+from loragen_agents.training.packing import Batch, batches
 
 PromptKind = Literal["user_turn", "full_react"]
 
@@ -118,12 +119,11 @@ class EpisodeModel(nn.Module):
         for episode in episodes:
             beside = self._trained(self.generator.generate(self._renderer[0].definitions(episode.registry)))
             readings += writer.read(episode.registry, beside)
-            for chunk in self._chunks(episode.samples):
-                ids = pad_right([sample.input_ids for sample in chunk], self._edge[0].device)
-                kept = torch.zeros_like(ids, dtype=torch.bool)
-                for row, sample in enumerate(chunk):
-                    kept[row, 1 : len(sample.input_ids)] = True
-                activations.append(capture_down_proj_inputs(self._edge[0], writer.memory.layers, ids)[:, kept])
+            for batch in self._batches(episode.samples, share=False):
+                kept = torch.zeros_like(batch.ids, dtype=torch.bool)
+                for row, index in enumerate(batch.rows):
+                    kept[row, 1 : len(episode.samples[index].input_ids)] = True
+                activations.append(capture_down_proj_inputs(self._edge[0], writer.memory.layers, batch.ids)[:, kept])
         writer.memory.set_background(readings, torch.cat(activations, dim=1))
 
     def _trained(self, weights: LoRAWeights) -> LoRAWeights:
@@ -143,8 +143,9 @@ class EpisodeModel(nn.Module):
         openings = sum(sample.opening for sample in episode.samples)
         loss = torch.zeros((), device=self._edge[0].device)
         with apply_lora(self._edge[0], weights):
-            for chunk in self._chunks(episode.samples):
-                entropy, right, parts, at = self._run(chunk)
+            for batch in self._batches(episode.samples):
+                chunk = [episode.samples[index] for index in batch.rows]
+                entropy, right, parts, at = self._run(batch, chunk)
                 for index, part in enumerate(PARTS):
                     chosen = parts == index
                     if chosen.any():
@@ -174,22 +175,15 @@ class EpisodeModel(nn.Module):
         self.rates.add(name, logits.argmax(dim=-1) == gold)
         return entropy.sum()
 
-    def _chunks(self, samples: Sequence[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
-        """Samples of similar length together: padding costs as much as text."""
-        chunk: list[TokenizedSample] = []
-        for sample in sorted(samples, key=lambda one: len(one.input_ids)):
-            length = len(sample.input_ids)
-            if chunk and (
-                length * (len(chunk) + 1) > self.batch_tokens or length > 1.35 * len(chunk[0].input_ids) + 10
-            ):
-                yield chunk
-                chunk = []
-            chunk.append(sample)
-        if chunk:
-            yield chunk
+    def _batches(self, samples: Sequence[TokenizedSample], *, share: bool = True) -> Iterator[Batch]:
+        model = self._edge[0]
+        # A window, as some layers of Gemma have, is part of the mask that the model makes of its own.
+        whole = not any("sliding" in kind for kind in getattr(model.config, "layer_types", None) or ())
+        rows = [sample.input_ids for sample in samples]
+        return batches(rows, self.batch_tokens, share=share and whole, device=model.device)
 
     def _run(
-        self, chunk: Sequence[TokenizedSample]
+        self, batch: Batch, chunk: Sequence[TokenizedSample]
     ) -> tuple[Tensor, Tensor, Tensor, Callable[[Sequence[int | None]], Tensor]]:
         """Cross entropy, rightness and part of every target token (tokens,), and a look at the memory's activations.
 
@@ -197,18 +191,19 @@ class EpisodeModel(nn.Module):
         shape (memory layers, places, intermediate size).
         """
         model, writer = self._edge[0], self.generator.tool_memory
-        ids = pad_right([sample.input_ids for sample in chunk], model.device)
+        mask = None if batch.mask is None else batch.mask.to(model.dtype)
         with down_proj_inputs(model, writer.memory.layers if writer is not None else ()) as inputs:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        rows = torch.cat([torch.full((len(s.parts),), row) for row, s in enumerate(chunk)])
-        places = torch.cat([torch.arange(s.prompt_length - 1, len(s.input_ids) - 1) for s in chunk])
-        labels = torch.cat([torch.tensor(s.input_ids[s.prompt_length :]) for s in chunk]).to(ids.device)
-        parts = torch.cat([torch.tensor(s.parts) for s in chunk]).to(ids.device)
-        logits = model.get_output_embeddings()(hidden[rows, places]).float()
+            hidden = model.base_model(
+                input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, use_cache=False
+            ).last_hidden_state
+        labels = torch.cat([torch.tensor(s.input_ids[s.prompt_length :]) for s in chunk]).to(model.device)
+        parts = torch.cat([torch.tensor(s.parts) for s in chunk]).to(model.device)
+        before = [torch.arange(s.prompt_length - 1, len(s.input_ids) - 1) for s in chunk]
+        logits = model.get_output_embeddings()(hidden[_located(batch, before)]).float()
 
         def at(places: Sequence[int | None]) -> Tensor:
-            rows, columns = torch.tensor([(row, place) for row, place in enumerate(places) if place is not None]).T
-            return torch.stack([tensor[rows, columns] for tensor in inputs.values()])
+            located = _located(batch, [torch.tensor([] if p is None else [p], dtype=torch.long) for p in places])
+            return torch.stack([tensor[located] for tensor in inputs.values()])
 
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels, parts, at
 
@@ -224,6 +219,12 @@ class EpisodeModel(nn.Module):
             if sample.choice is not None:
                 for part in ("name", "arguments"):
                     self.rates.add(part, right[own][parts[own] == PARTS.index(part)].all()[None])
+
+
+def _located(batch: Batch, places: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Batch rows and columns of some places in each sample."""
+    rows, columns = zip(*(batch.locate(row, own) for row, own in enumerate(places)), strict=True)
+    return torch.cat(rows), torch.cat(columns)
 
 
 _LONG_PARTS = ("name", "arguments", "answer")

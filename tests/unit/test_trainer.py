@@ -17,6 +17,7 @@ from loragen_agents.training.batches import PARTS
 from loragen_agents.training.data import Call, CallRecord, DataSet, Split, ToolRecord
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
 from loragen_agents.training.gpt4tools_episodes import gpt4tools_samplers
+from loragen_agents.training.packing import batches
 from loragen_agents.training.recipe import Recipe
 from loragen_agents.training.sampler import RegistrySampler
 from loragen_agents.training.trainer import sampler_options, train
@@ -139,6 +140,28 @@ def test_padding_and_batching_change_no_loss(edge):
         EpisodeModel(generator, shared_renderer(model.tokenizer), batch_tokens=size)([episode]) for size in (4096, 1)
     )
     torch.testing.assert_close(together, alone)
+
+
+def test_definitions_in_the_prompt_run_once_and_give_the_same_loss(edge, monkeypatch):
+    model = load_language_model(edge, dtype="float32")
+    renderer = shared_renderer(model.tokenizer)
+    generator = LoRAGenerator(GeneratorConfig(n_experts=1, expert_scope="per_layer", rank=2, alpha=4), None, model)
+    episode = tokenize_episode(renderer, RegistrySampler(data()).episode(3), "full_react")
+
+    def loss_and_tokens(share: bool) -> tuple[torch.Tensor, int]:
+        counts = []
+
+        def counted(*args, **options):
+            for batch in batches(*args, **options | {"share": share}):
+                counts.append(batch.ids.numel())
+                yield batch
+
+        monkeypatch.setattr("loragen_agents.training.episode_model.batches", counted)
+        return EpisodeModel(generator, renderer, batch_tokens=4096)([episode]), sum(counts)
+
+    (together, few), (alone, many) = loss_and_tokens(True), loss_and_tokens(False)
+    torch.testing.assert_close(together, alone)
+    assert few < many / 3
 
 
 def test_a_broken_run_goes_on_to_the_same_weights(edge, tmp_path):
