@@ -21,7 +21,8 @@ from loragen_agents.prompting import Turn
 from loragen_agents.registry import Tool, ToolRegistry
 
 TOOL_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-LATENCY_ROWS = ("lora-gen", REFERENCE, CACHED_REFERENCE)
+# With the tool chosen, which is the default of the chat model, and without, which is all that an exported adapter does.
+LATENCY_ROWS = ("lora-gen+match", "lora-gen", REFERENCE, CACHED_REFERENCE)
 # Ordinary requests of different lengths; which tool serves them is of no interest here.
 REQUESTS = (
     "What time is it in Lisbon?",

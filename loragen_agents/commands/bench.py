@@ -16,6 +16,9 @@ HELP = "measure how well and how fast specialised models use tools, beside what 
 
 _INTERRUPTED = 130
 
+# Longest text of a step. Gold steps of GPT4Tools-mini have at most 41 tokens of the embedded model.
+_MINI_TOKENS, _FILE_TOKENS, _CALL_TOKENS = 48, 64, 128
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tools that are offered: the sample's own, or all tools of the data (default: own)",
     )
     gpt4tools.add_argument("--limit", type=int, metavar="N", help="score N samples of each part or file only")
-    _add_run_arguments(gpt4tools)
+    _add_run_arguments(gpt4tools, f"{_MINI_TOKENS}, with --data {_FILE_TOKENS}")
 
     calls = actions.add_parser("calls", help="tool calls on any registry and requests (tools.jsonl, calls_*.jsonl)")
     calls.add_argument("--tools", type=Path, required=True, metavar="FILE", help="tools.jsonl")
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unserved", type=float, default=0.0, metavar="SHARE", help="share of requests that no tool of theirs serves"
     )
     calls.add_argument("--input-format", choices=("json", "csv"), default="json", help="how inputs are written")
-    _add_run_arguments(calls)
+    _add_run_arguments(calls, str(_CALL_TOKENS))
 
     latency = actions.add_parser("latency", help="time to the first token and per turn for 1 to 64 tools")
     latency.add_argument(
@@ -80,11 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mini.add_argument("--out", type=Path, required=True, metavar="FOLDER")
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser, default_max_tokens: str) -> None:
     parser.add_argument("--rows", metavar="ROW,ROW", help="rows of the table by name (default: all)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, predictions, report and plots")
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest text of a step (default: 64, calls: 128)")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help=f"longest text of a step (default: {default_max_tokens})"
+    )
     _add_model_arguments(parser)
 
 
@@ -123,7 +128,8 @@ def _gpt4tools(arguments: argparse.Namespace) -> int:
     else:
         parts: tuple[Part, ...] = ("seen", "unseen") if arguments.part == "both" else (arguments.part,)
         task = mini_task(parts, tools=arguments.registry, limit=arguments.limit)
-    return _run(arguments, _engine(arguments, "gpt4tools"), task)
+    longest = _FILE_TOKENS if arguments.data else _MINI_TOKENS
+    return _run(arguments, _engine(arguments, "gpt4tools", longest), task)
 
 
 def _calls(arguments: argparse.Namespace) -> int:
@@ -132,7 +138,7 @@ def _calls(arguments: argparse.Namespace) -> int:
 
     tools = read_tools(arguments.tools)
     calls = read_calls(arguments.calls, tools)
-    engine = _engine(arguments, "calls")
+    engine = _engine(arguments, "calls", _CALL_TOKENS)
     task = calls_task(
         tools,
         calls,
@@ -189,7 +195,7 @@ def _latency(arguments: argparse.Namespace) -> int:
     from loragen_agents.progress import shown, silent
     from loragen_agents.registry import ToolRegistry
 
-    engine = _engine(arguments, "latency")
+    engine = _engine(arguments, "latency", max(arguments.turn_tokens, 8))
     rows = rows_from_names(latency.LATENCY_ROWS)
     paths = arguments.tools or sorted(content_folder("tools").glob("*.yaml"))
     counts = arguments.counts or latency.TOOL_COUNTS
@@ -279,7 +285,7 @@ def _show(tables: Any) -> None:
     results.print(tables)
 
 
-def _engine(arguments: argparse.Namespace, task: str) -> "ModelEngine":
+def _engine(arguments: argparse.Namespace, task: str, max_tokens: int) -> "ModelEngine":
     import torch
 
     from loragen_agents.bench.engine import ModelEngine
@@ -294,5 +300,5 @@ def _engine(arguments: argparse.Namespace, task: str) -> "ModelEngine":
         weights=arguments.weights,
         device=arguments.device,
         dtype=arguments.dtype,
-        max_tokens=getattr(arguments, "max_tokens", None) or (128 if task == "calls" else 64),
+        max_tokens=getattr(arguments, "max_tokens", None) or max_tokens,
     )

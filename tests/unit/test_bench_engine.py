@@ -195,9 +195,10 @@ def test_latency_command(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     command += ["--edge", str(folders["edge"]), "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]
     assert main([*command, "--weights", f"lora-gen={folders['generator']}"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
-    assert [(point["row"], point["tools"]) for point in points[:3]] == [
-        ("lora-gen", 1), ("definitions", 1), ("definitions+cached", 1)
-    ]  # fmt: skip
-    assert points[0]["prompt_tokens"] == points[3]["prompt_tokens"]  # the user turn does not grow with the registry
-    assert points[4]["prompt_tokens"] > points[1]["prompt_tokens"]
+    tokens = {(point["row"], point["tools"]): point["prompt_tokens"] for point in points}
+    rows = ("lora-gen+match", "lora-gen", "definitions", "definitions+cached")
+    assert set(tokens) == {(row, count) for row in rows for count in (1, 4)}
+    for row in rows[:2]:  # the user turn does not grow with the registry
+        assert tokens[row, 1] == tokens[row, 4]
+    assert tokens["definitions", 4] > tokens["definitions", 1]
     assert (tmp_path / "latency.md").exists()
