@@ -23,8 +23,13 @@ from loragen_agents.errors import ArgumentError
 from loragen_agents.registry import ToolRegistry
 
 __all__ = [
+    "ACTION",
+    "ACTION_INPUT",
+    "ANSWER",
+    "NO_TOOL",
     "OBSERVATION_STOP",
     "THOUGHT_QUESTION",
+    "USE_TOOL",
     "ActionKnown",
     "Answer",
     "AnswerDelta",
@@ -43,6 +48,8 @@ __all__ = [
 ]
 
 THOUGHT_QUESTION = "Thought: Do I need to use a tool?"
+USE_TOOL, NO_TOOL = " Yes", " No"
+ACTION, ACTION_INPUT, ANSWER = "\nAction:", "\nAction Input:", "\nAI:"
 OBSERVATION_STOP = "\nObservation:"
 
 _TOOL_HEAD = re.compile(r"\s*yes[ \t]*[.!]?\s+action:", re.IGNORECASE)
@@ -109,12 +116,12 @@ StepEvent = ActionKnown | InputDelta | AnswerDelta
 
 def tool_step_text(action: str, action_input: str) -> str:
     """What follows `THOUGHT_QUESTION` where a tool is called, up to the tool's report."""
-    return f" Yes\nAction: {action}\nAction Input: {action_input}{OBSERVATION_STOP}"
+    return f"{USE_TOOL}{ACTION} {action}{ACTION_INPUT} {action_input}{OBSERVATION_STOP}"
 
 
 def answer_text(answer: str) -> str:
     """What follows `THOUGHT_QUESTION` where the user is answered."""
-    return f" No\nAI: {answer}"
+    return f"{NO_TOOL}{ANSWER} {answer}"
 
 
 def parse_step(generated: str, registry: ToolRegistry, *, cut_off: bool = False) -> Step:

@@ -78,8 +78,8 @@ class ModelSession:
                 waited, cached = 0.0, completion.cached_tokens
             else:
                 read = self._scorer.read(prompt)
-                chosen = self._scorer(read, opening=not turns[-1].steps)
-                grammar = self.model.grammar(chosen.best if chosen.calls_tool >= 0.5 else "none")
+                tools = self._scorer(read, opening=not turns[-1].steps)
+                grammar = self.model.grammar(tools.chosen or "none")
                 waited, cached = time.perf_counter() - started, read.cached_tokens
                 (completion,) = decoder.generate([read], self._sampling, grammar)
         cost = TurnCost(

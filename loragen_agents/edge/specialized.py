@@ -127,8 +127,8 @@ class SpecializedLM:
         started = time.perf_counter()
         read = self.scorer.read(prompt)
         tools = self.scorer(read, opening=opening)
-        chosen = "none" if tool_choice == "auto" and tools.calls_tool < 0.5 else tools.best
-        return _Scored(read, self.grammar(chosen), tools, time.perf_counter() - started)
+        chosen = tools.best if tool_choice == "any" else tools.chosen
+        return _Scored(read, self.grammar(chosen or "none"), tools, time.perf_counter() - started)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from loragen_agents.edge.decoding import Decoder, ReadPrompt
 from loragen_agents.prompting import PromptRenderer, Turn
+from loragen_agents.react import ACTION, NO_TOOL, USE_TOOL
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.tool_match import ToolMatch
 
 NEUTRAL_REQUESTS = ("", "Hello!", "Please help me.")
 
-_YES, _NO, _CALL = " Yes", " No", " Yes\nAction:"
+_CALL = USE_TOOL + ACTION
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class ToolProbabilities:
         """The likeliest tool."""
         return max(self.tools, key=self.tools.__getitem__)
 
+    @property
+    def chosen(self) -> str | None:
+        """The likeliest tool where it is likelier that one is called, else None."""
+        return self.best if self.calls_tool >= 0.5 else None
+
 
 class ToolScorer:
     """Scores the tools of one registry with the decoder of its specialised model. Safe to use from several threads.
@@ -79,7 +85,7 @@ class ToolScorer:
         self._decoder, self._renderer, self._registry = decoder, renderer, registry
         self._match = None if match is None else match.to(decoder.model.device)
         self._call = renderer.encode_text(_CALL)
-        self._yes, self._no = (renderer.encode_text(text)[0] for text in (_YES, _NO))
+        self._yes, self._no = (renderer.encode_text(text)[0] for text in (USE_TOOL, NO_TOOL))
         # The token behind a name tells "find" from "find_all".
         head = len(self._call)
         self._names = [renderer.encode_text(f"{_CALL} {name}\n")[head:] for name in registry.names]

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from loragen_agents.generator.tool_memory import PieceKind, ToolReading
 from loragen_agents.language_models import gated_ffn_layers
 from loragen_agents.prompting import PromptRenderer, Turn
+from loragen_agents.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
 from loragen_agents.registry import InputFormat, Tool
 
-_YES, _NO, _CALL, _INPUT, _OPENING = " Yes", " No", " Yes\nAction:", "\nAction Input:", ' {"'
+_OPENING = ' {"'
 # Descriptions are instructions, whatever their length: what stands far behind the first lines tells little about when
 # a tool is wanted, and every token is paid for at specialisation.
 MAX_DESCRIPTION = 400
@@ -55,9 +56,13 @@ def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat
     Argument values are left open: where a value stands in a json input, the argument's name is written in words.
     """
     prompt = renderer.user_turn([Turn(description_as_request(tool))])
-    yes, no, opening = (renderer.encode_text(text)[0] for text in (_YES, _NO, _OPENING))
+    yes, no, opening = (renderer.encode_text(text)[0] for text in (USE_TOOL, NO_TOOL, _OPENING))
     # The step is tokenised as a whole, as it is when a model writes it; parts remember which piece of it is which.
-    parts: list[tuple[str, PieceKind | None]] = [(_CALL, None), (f" {tool.name}", PieceKind.NAME), (_INPUT, None)]
+    parts: list[tuple[str, PieceKind | None]] = [
+        (USE_TOOL + ACTION, None),
+        (f" {tool.name}", PieceKind.NAME),
+        (ACTION_INPUT, None),
+    ]
     if input_format == "json":
         names = tool.argument_names[:MAX_ARGUMENTS]
         parts.append((" {" if names else " {}", PieceKind.INPUT))

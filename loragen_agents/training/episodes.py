@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from loragen_agents.prompting import Turn
-from loragen_agents.react import format_action_input
+from loragen_agents.react import (
+    ACTION,
+    ACTION_INPUT,
+    ANSWER,
+    NO_TOOL,
+    OBSERVATION_STOP,
+    USE_TOOL,
+    format_action_input,
+)
 from loragen_agents.registry import ToolRegistry
 
 Kind = Literal["call", "next_call", "final_answer", "unserved", "chat"]
@@ -71,15 +79,15 @@ def target_parts(sample: Sample, registry: ToolRegistry) -> list[TextPart]:
         KeyError: the registry has no tool of that name.
     """
     if isinstance(sample.gold, str):
-        return [TextPart("decision", " No"), TextPart("format", "\nAI:"), TextPart("answer", f" {sample.gold}")]
+        return [TextPart("decision", NO_TOOL), TextPart("format", ANSWER), TextPart("answer", f" {sample.gold}")]
     action_input = format_action_input(registry[sample.gold.name], sample.gold.arguments, registry.input_format)
     return [
-        TextPart("decision", " Yes"),
-        TextPart("format", "\nAction:"),
+        TextPart("decision", USE_TOOL),
+        TextPart("format", ACTION),
         TextPart("name", f" {sample.gold.name}"),
-        TextPart("format", "\nAction Input:"),
+        TextPart("format", ACTION_INPUT),
         TextPart("arguments", f" {action_input}"),
-        TextPart("format", "\nObservation:"),
+        TextPart("format", OBSERVATION_STOP),
     ]
 
 
