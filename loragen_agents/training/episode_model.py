@@ -5,7 +5,7 @@ edge LM into what made the weights. Most target tokens copy arguments, so the pa
 arguments, answer) are averaged and weighted apart. Knows models and losses; where episodes come from it does not know.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,6 +63,16 @@ class Rates:
     def means(self) -> dict[str, float]:
         """The mean of every name that was counted."""
         return {name: self.sums[name] / count for name, count in self.counts.items() if count}
+
+    @classmethod
+    def joined(cls, several: Iterable["Rates"]) -> "Rates":
+        """The rates of several processes as one, in which every value counts the same."""
+        joined = cls()
+        for rates in several:
+            for name, count in rates.counts.items():
+                joined.sums[name] = joined.sums.get(name, 0.0) + rates.sums[name]
+                joined.counts[name] = joined.counts.get(name, 0.0) + count
+        return joined
 
     def clear(self) -> None:
         """Begin anew."""

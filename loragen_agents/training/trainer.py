@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
@@ -101,9 +102,10 @@ class GeneratorTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the rates since the last log to what the Trainer logs."""
+        """Add the rates since the last log, over all processes, to what the Trainer logs."""
         if "loss" in logs:
-            logs.update({name: round(value, 4) for name, value in self.model.rates.means().items()})
+            rates = Rates.joined(gather_object([self.model.rates]))
+            logs.update({name: round(value, 4) for name, value in rates.means().items()})
             self.model.rates.clear()
         super().log(logs, start_time)
 

@@ -20,16 +20,17 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def losses(folder: Path) -> list[float]:
-    """The loss of every step, over all processes."""
+def logged(folder: Path, name: str) -> list[float]:
+    """A loss or rate of every step, over all processes."""
     history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[name] for entry in history if name in entry]
 
 
-def test_two_processes_have_the_losses_of_one(tmp_path: Path):
+def test_two_processes_have_the_losses_and_rates_of_one(tmp_path: Path):
     edge = str(save_tiny_model(tmp_path / "edge"))
     run("-m", "tests.train_tiny", edge, str(tmp_path / "one"), "2")
     run(*LAUNCH, "-m", "tests.train_tiny", edge, str(tmp_path / "two"), "1")
-    one, two = (losses(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 4 and len(set(one)) == 4
-    assert two == pytest.approx(one, abs=1e-3)
+    for name in ("loss", "loss_name", "loss_arguments"):
+        one, two = (logged(tmp_path / run, name) for run in ("one", "two"))
+        assert len(one) == 4 and len(set(one)) == 4
+        assert two == pytest.approx(one, abs=1e-3)
