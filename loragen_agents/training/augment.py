@@ -78,6 +78,22 @@ def invented_name(rng: random.Random, style: str) -> str:
     return join_words([invented_word(rng)], style)
 
 
+def numbered_name(name: str, rng: random.Random, style: str) -> str:
+    """Put a number among the words of a name, or behind an invented word where there is none: `read_v2`, `Make 3D`."""
+    words = split_words(name) or [invented_word(rng)]
+    digit = rng.randint(1, 9)
+    number = rng.choice((f"{digit}", f"{digit}d", f"v{digit}", f"{rng.randint(10, 999)}"))
+    words.insert(rng.randint(1, len(words)), number)
+    return join_words(words, style)
+
+
+def echoing_name(word: str, rng: random.Random, style: str) -> str:
+    """An invented name that begins with some letters of a word, or with the whole of it."""
+    head = word[: rng.randint(1, len(word))] if rng.random() < 0.7 else word
+    tail = invented_word(rng, rng.randint(1, 2))
+    return join_words([head, tail] if rng.random() < 0.3 else [head + tail], style)
+
+
 def reworded_name(name: str, description: str, rng: random.Random, style: str) -> str:
     """Draw a name with the same meaning: words replaced by others of the same sense, or taken from the description."""
     words = split_words(name) or [name.lower()]

@@ -25,6 +25,9 @@ class SamplerOptions:
         kinds: weights of the samples' kinds (`episodes.Kind`).
         names: weights of where a registry's names come from; "real" keeps the source's.
         mixed_names: draw that per tool instead of per registry.
+        numbered_names: share of the new names that hold a number (`Make 3D Model`, `read_v2`).
+        echoed_names: share of the new names that begin like a word of some gold value. Nothing but the place in a step
+            tells such a name from the value then.
         short_description: only the first sentence, or its first words.
         no_description: the description only repeats the name's words (never with reworded, invented or swapped names).
         useful_description: in csv registries, the description in GPT4Tools' wording, with its input spelt out.
@@ -66,6 +69,8 @@ class SamplerOptions:
         default_factory=lambda: {"real": 0.25, "restyled": 0.2, "reworded": 0.15, "invented": 0.32, "swapped": 0.08}
     )
     mixed_names: float = 0.1
+    numbered_names: float = 0.08
+    echoed_names: float = 0.08
     short_description: float = 0.15
     no_description: float = 0.04
     useful_description: float = 0.3
@@ -106,6 +111,8 @@ class SamplerOptions:
             kinds={"call": 1.0 - unserved, "unserved": unserved},
             names={names: 1.0},
             mixed_names=0.0,
+            numbered_names=0.0,
+            echoed_names=0.0,
             short_description=0.0,
             no_description=0.0,
             useful_description=0.0,

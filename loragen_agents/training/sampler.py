@@ -237,11 +237,13 @@ class RegistrySampler:
         self, ids: list[str], rows: list[CallRecord], form: InputFormat, rng: random.Random
     ) -> dict[str, View]:
         given: dict[str, list[Iterable[str]]] = defaultdict(list)
+        values: list[str] = []
         for row in rows:
             for call in row.calls:
                 given[call.tool].append(call.arguments)
+                values += [value for value in call.arguments.values() if isinstance(value, str)]
         records = [self._tools[tool_id] for tool_id in ids]
-        return draw_views(records, given, form, self.options, self._name_key, rng)
+        return draw_views(records, given, form, self.options, self._name_key, rng, values)
 
     # What is asked
 

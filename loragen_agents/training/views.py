@@ -5,6 +5,7 @@ nothing of requests beyond which arguments they give.
 """
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,14 +51,16 @@ def draw_views(
     options: SamplerOptions,
     name_key: Callable[[str], Hashable],
     rng: random.Random,
+    values: Sequence[str] = (),
 ) -> dict[str, View]:
     """Draw how a registry shows its tools; keyed by tool id, in order.
 
     Args:
         given: for tools with requests, the argument names that each of their calls gives.
         name_key: names differ in this key.
+        values: gold values of the registry's requests, which some names echo.
     """
-    names, modes = draw_names(records, options, name_key, rng)
+    names, modes = draw_names(records, options, name_key, rng, values)
     views = {}
     for record, name, mode in zip(records, names, modes, strict=True):
         order = _draw_order(record, given.get(record.id, ()), form, options, rng)
@@ -85,8 +88,10 @@ def draw_names(
     options: SamplerOptions,
     name_key: Callable[[str], Hashable],
     rng: random.Random,
+    values: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Draw distinct names for the tools of a registry, and where each comes from (`options.NameMode`)."""
+    heard = sorted({word for value in values for word in re.findall(r"[^\W_]{3,}", value)})
     mixed = rng.random() < options.mixed_names
     shared, style = weighted(options.names, rng), augment.draw_style(rng)
     taken: set[Hashable] = set()
@@ -96,6 +101,12 @@ def draw_names(
         mode = weighted(options.names, rng) if mixed else shared
 
         def draw(record: ToolRecord = record, mode: str = mode) -> str:
+            # Without a share nothing is drawn, so that the registries of an evaluation stay what they were.
+            new = mode in ("invented", "restyled", "reworded")
+            if new and heard and options.echoed_names and rng.random() < options.echoed_names:
+                return augment.echoing_name(rng.choice(heard), rng, style)
+            if new and options.numbered_names and rng.random() < options.numbered_names:
+                return augment.numbered_name(record.name if mode != "invented" else "", rng, style)
             if mode == "invented":
                 return augment.invented_name(rng, style)
             if mode == "restyled":

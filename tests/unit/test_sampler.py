@@ -17,6 +17,7 @@ from loragen_agents.training.episodes import Episode, target_parts, target_text
 from loragen_agents.training.options import SamplerOptions
 from loragen_agents.training.overlap import Overlap
 from loragen_agents.training.sampler import RegistrySampler
+from loragen_agents.training.views import draw_names
 
 WORDS = ("lamp", "river", "train", "cake", "photo", "letter", "garden", "song", "window", "market", "hotel", "coin")
 
@@ -292,3 +293,17 @@ def test_every_phrase_can_be_filled():
         assert "\n" not in result
         assert "{first}" not in wording.joined_request("Do this.", "Show me that", rng)
     assert wording.joined_request("Play it", "Show me Rome", random.Random(1)).count(".") >= 1
+
+
+def test_new_names_hold_numbers_or_begin_like_values_where_that_is_asked_for():
+    records = list(small_data().tools.values())[:12]
+
+    def names(numbered: float, echoed: float) -> list[str]:
+        options = SamplerOptions(names={"invented": 1.0}, mixed_names=0.0, numbered_names=numbered, echoed_names=echoed)
+        return draw_names(records, options, str.casefold, random.Random(3), ["Lisbon or", "42 Marble"])[0]
+
+    plain = names(0.0, 0.0)
+    assert not any(letter.isdigit() for letter in "".join(plain))
+    assert {name[:1].casefold() for name in plain} - {"l", "m"}
+    assert all(any(letter.isdigit() for letter in name) for name in names(1.0, 0.0))
+    assert {name[:1].casefold() for name in names(0.0, 1.0)} == {"l", "m"}
