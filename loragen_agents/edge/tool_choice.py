@@ -28,7 +28,9 @@ class ChoiceWeights:
 
     prior: share of a name's prior (its score behind requests that call for nothing) that is taken off its score, for
         names win that are likely as text.
-    match: of the log-probabilities that the state match gives, added to those of the names.
+    match: of the log-probabilities that the state match gives at `Action:`, and where a tool is decided on, both added
+        to those of the names. Names are told apart by domain first; tools of one domain, such as flights with and
+        without a way back, better by the match.
     decision: share of the state match's log-odds, for some tool against none, in the decision whether a request calls
         for a tool; the rest is what the model would write, `Yes` or `No`. Pieces in the weights can only say how much a
         request is like all tools together, the match how much it is like one of them. Once a step was taken, what the
@@ -37,9 +39,9 @@ class ChoiceWeights:
     """
 
     prior: float = 0.0
-    match: float = 0.7
+    match: float = 1.0
     decision: float = 1.0
-    bias: float = -0.5
+    bias: float = 0.0
 
 
 NAMES_ALONE = ChoiceWeights(match=0.0, decision=0.0, bias=0.0)
@@ -113,19 +115,23 @@ class ToolScorer:
         weights = self.weights
         yes_no = prompt.logits[[self._yes, self._no]].float()
         odds = (yes_no[0] - yes_no[1]).item()
+        shares: list[Tensor] = []
         if opening and self._match is not None and prompt.activations is not None:
             logits = self._match.decide(prompt.activations[:, None])[0]
             matched = (logits[:-1].logsumexp(dim=0) - logits[-1]).item()
             odds += weights.decision * (matched - odds) + weights.bias
+            shares.append(logits[:-1].log_softmax(dim=0))
         called = self._called(prompt.token_ids)
         scores = torch.tensor(self._decoder.score(called, self._names))
         if weights.prior:
             scores -= weights.prior * torch.tensor(self.priors)
-        if self._match is not None and called.activations is not None and weights.match:
-            scores += weights.match * self._match.choose(called.activations[:, None])[0].log_softmax(dim=0).cpu()
-        shares: Tensor = torch.softmax(scores, dim=0)
+        if self._match is not None and called.activations is not None:
+            shares.append(self._match.choose(called.activations[:, None])[0].log_softmax(dim=0))
+        for share in shares:
+            scores += weights.match * share.cpu()
+        tools: list[float] = scores.softmax(dim=0).tolist()
         return ToolProbabilities(
-            torch.tensor(odds).sigmoid().item(), dict(zip(self._registry.names, shares.tolist(), strict=True))
+            torch.tensor(odds).sigmoid().item(), dict(zip(self._registry.names, tools, strict=True))
         )
 
     def _called(self, prompt: Sequence[int]) -> ReadPrompt:

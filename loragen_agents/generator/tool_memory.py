@@ -29,6 +29,7 @@ class PieceKind(IntEnum):
     ARGUMENT: a token of an argument's name, in a json input.
     INPUT: how an input begins, which is how json inputs differ from csv.
     DECISION: that a tool is called, and not none.
+    OWN_INPUT: how the input of this tool begins where those of others differ, as without arguments.
     """
 
     NAME_START = 0
@@ -36,11 +37,14 @@ class PieceKind(IntEnum):
     ARGUMENT = 2
     INPUT = 3
     DECISION = 4
+    OWN_INPUT = 5
 
 
 # In these, what all tools of a registry have in common says nothing. That some tool serves a request, and how inputs
 # are written, is on the contrary the same for all of them.
-_CENTRED = (PieceKind.NAME_START, PieceKind.NAME, PieceKind.ARGUMENT)
+_CENTRED = (PieceKind.NAME_START, PieceKind.NAME, PieceKind.ARGUMENT, PieceKind.OWN_INPUT)
+# A direction that keeps less of its length than this when the mean is taken off is the same for all tools.
+_SMALLEST_PART = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class ToolReading:
     activations: inputs of `down_proj` in the memory's layers where a piece has a say, with shape
         (memory layers, pieces, intermediate size).
     directions: what raises the logit of the token that is to come there, with shape (pieces, hidden size).
-    kinds: a `PieceKind` for each piece, with shape (pieces,); each tool has one DECISION, one NAME_START and one INPUT.
+    kinds: a `PieceKind` for each piece, with shape (pieces,); each tool has one DECISION, NAME_START, INPUT
+        and OWN_INPUT.
     """
 
     activations: Tensor
@@ -62,10 +67,10 @@ class ToolMemory(nn.Module):
     """Turns readings of tools into rank-one updates of `down_proj`, with a few learnt maps.
 
     Of a layer l and a piece of kind κ with activation x, the key is k = norm(c + U_κl D_κl c). Here c is x less a
-    learnt background and less its part in the directions that FFN activations commonly have; for names and arguments,
-    the mean of the registry's pieces of the same kind is taken off before norm. The value is v = e + V_l W_l e, where e
-    is the piece's direction, centred in the same way and normalised. The update of `down_proj` is s_κl v kᵀ; as the
-    INPUT pieces of all tools fire together, they share one s.
+    learnt background and less its part in the directions that FFN activations commonly have; for names, arguments and
+    OWN_INPUT, the mean of the registry's pieces of the same kind is taken off before norm. The value is
+    v = e + V_l W_l e, where e is the piece's direction, centred in the same way and normalised. The update of
+    `down_proj` is s_κl v kᵀ; as the INPUT pieces of all tools fire together, they share one s.
 
     layers: the edge layers that hold pieces, in order.
     """
@@ -140,7 +145,9 @@ class ToolMemory(nn.Module):
         e = torch.zeros_like(directions)
         for kind in PieceKind:
             e[kinds == kind] = _less_mean(kind, directions[None, kinds == kind])[0]
-        e = F.normalize(e, dim=-1).expand(len(self.layers), -1, -1)
+        # Where all tools go on with the same token, rounding errors are left, which must not become directions.
+        length = torch.maximum(e.norm(dim=-1), _SMALLEST_PART * directions.norm(dim=-1)).clamp(min=1e-12)
+        e = (e / length[:, None]).expand(len(self.layers), -1, -1)
         values = e + torch.bmm(torch.bmm(e, self.value_down), self.value_up)
         inputs = kinds == PieceKind.INPUT
         shares = torch.where(inputs, 1 / inputs.sum().clamp(min=1), 1.0)

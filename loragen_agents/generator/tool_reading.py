@@ -92,11 +92,13 @@ def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat
                 inside = inside[1:]
             elif kind is PieceKind.INPUT:
                 inside = inside[:1]
+                add(inside[0], PieceKind.OWN_INPUT, ids[inside[0]])
             for index in inside:
                 add(index, kind, ids[index])
         begin = end
     if input_format == "csv":
-        add(len(ids), PieceKind.INPUT, None, opening)
+        for kind in (PieceKind.INPUT, PieceKind.OWN_INPUT):
+            add(len(ids), kind, None, opening)
     # What stands behind the last place has no bearing on any.
     made.ids.extend((prompt + ids)[: made.places[-1] + 1])
     return made

@@ -89,6 +89,17 @@ def test_what_holds_for_every_tool_is_not_taken_off() -> None:
     )
 
 
+def test_what_all_names_begin_with_writes_nothing() -> None:
+    """`get_weather` and `get_wine`: the first token tells the tools apart for nobody, and rounding errors least."""
+    made, readings = memory(), random_readings(1, 1, 1)
+    index = kinds_of(1).index(PieceKind.NAME_START)
+    same = torch.randn(HIDDEN)
+    for reading in readings:
+        reading.directions[index] = same * 7
+    _, values = made(readings)[2, "down_proj"]
+    assert values[:, [index, index + 4, index + 8]].abs().max() < 1e-3 < values[:, index + 1].abs().max()
+
+
 def test_keys_ignore_the_common_directions() -> None:
     made, readings = memory(), random_readings(1, 1, 1)
     made.key_up.data.zero_()
@@ -194,6 +205,28 @@ def test_the_input_format_turns_the_sign_of_how_an_input_begins() -> None:
     assert before.endswith("Action Input:") and ' {"'.startswith(lowered) and not raised
     ((_, raised, _),) = pieces_of(TOOLS[0], "json", PieceKind.INPUT)
     assert " {}".startswith(raised)
+
+
+def test_a_tool_says_how_its_input_begins_with_the_others_and_on_its_own() -> None:
+    for form in ("json", "csv"):
+        for each in (FLIGHTS, TOOLS[0]):
+            assert pieces_of(each, form, PieceKind.INPUT) == pieces_of(each, form, PieceKind.OWN_INPUT)
+
+
+def test_an_input_that_begins_unlike_the_others_is_told_from_them() -> None:
+    """One of three tools takes no arguments: where its own name was written, its pieces speak for `{}`."""
+    made = memory()
+    made.value_up.data.zero_()
+    torch.manual_seed(3)
+    opening, empty = torch.randn(2, HIDDEN)
+    own = int(PieceKind.OWN_INPUT)
+    readings = [
+        ToolReading(torch.randn(len(LAYERS), 1, INTERMEDIATE), direction[None], torch.tensor([own]))
+        for direction in (opening, empty, opening)
+    ]
+    a, b = made(readings)[2, "down_proj"]
+    said = (b @ a @ a.T).T @ (empty - opening)
+    assert said[1] > 0 > max(said[0], said[2])
 
 
 def test_activations_are_those_at_the_places_of_the_pieces() -> None:
