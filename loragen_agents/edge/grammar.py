@@ -95,14 +95,14 @@ class ToolGrammar:
         with self._lock:
             if key not in self._matchers:
                 self._matchers[key] = _checked_matcher(llguidance_tokenizer(self.tokenizer, *key), self.source)
-            return GrammarMatcher(self._matchers[key].deep_copy())
+            return GrammarMatcher(self._matchers[key].deep_copy(), llguidance_tokenizer(self.tokenizer, *key))
 
 
 class GrammarMatcher:
     """Where one sequence stands in a grammar. Not to be shared between threads."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, tokenizer: llguidance.LLTokenizer) -> None:
+        self._matcher, self._tokenizer = matcher, tokenizer
 
     @property
     def finished(self) -> bool:
@@ -125,7 +125,20 @@ class GrammarMatcher:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         refused = np.unpackbits(bits, count=len(logits), bitorder="little") == 0
+        self._refuse_parts(refused)
         return logits.masked_fill_(torch.from_numpy(refused).to(logits.device), float("-inf"))
+
+    def _refuse_parts(self, refused: np.ndarray) -> None:
+        """Refuse tokens that write only a part of the text that must come next, where one can write all of it.
+
+        A text begins with ` "`, one token in all that a model has seen. One that would rather write a number here takes
+        the space alone, as it stands before digits, and is then held to texts that begin as no text does.
+        """
+        sure = self._matcher.compute_ff_bytes()
+        ids = [self._tokenizer.tokenize_bytes(sure[:length]) for length in range(1, len(sure))]
+        parts = [tokens[0] for tokens in ids if len(tokens) == 1 and not refused[tokens[0]]]
+        if parts and np.count_nonzero(~refused) > len(parts):
+            refused[parts] = True
 
     def forced_tokens(self) -> list[int]:
         """The tokens that must come next whatever the model says; empty where there is a choice."""

@@ -236,3 +236,16 @@ def test_random_weights_change_what_is_written(decoder: Decoder, tokenizer: PreT
     assert merged.cached_tokens == restored.cached_tokens == 0
     assert not torch.allclose(merged.logits, before.logits, atol=0.1)
     assert torch.equal(restored.logits, before.logits)
+
+
+def test_a_text_is_not_begun_with_the_space_of_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model that expects digits takes the space alone; in a text it would be held to what never follows there."""
+    schema = {"type": "object", "properties": {"sum": {"type": "string"}, "count": {"type": "integer"}}}
+    grammar = ToolGrammar(ToolRegistry([Tool(name="add", description="Add.", parameters=schema)]), tokenizer)
+    (space,), (quote,) = (tokenizer.encode(text, add_special_tokens=False) for text in (" ", ' "'))
+    for argument, admitted in (("sum", {quote}), ("count", {space})):
+        matcher = grammar.matcher(len(tokenizer))
+        text = f' Yes\nAction: add\nAction Input: {{"{argument}":'
+        matcher.accept(tokenizer.encode(text, add_special_tokens=False))
+        allowed = matcher.mask(torch.zeros(len(tokenizer))).isfinite()
+        assert {token for token in (space, quote) if allowed[token]} == admitted
