@@ -7,6 +7,7 @@ import pytest
 from loragen_agents import ToolRegistry
 from loragen_agents.content import content_folder
 from loragen_agents.prompting import Turn
+from loragen_agents.react import ToolStep, parse_step
 from loragen_agents.specialization import forget_specializations, shared_generator, specialize
 
 
@@ -38,3 +39,21 @@ def test_a_kept_specialisation_loads_within_half_a_second(embedded_model, regist
     assert min(seconds) < 0.5
     assert loaded.model.generate([turns])[0].token_ids == expected
     forget_specializations()
+
+
+@pytest.mark.parametrize(
+    ("request_", "tool", "arguments"),
+    [
+        ("Compute 17 * 23", "calculator", {"expression": "17 * 23"}),
+        ("Convert 5 miles to kilometres", "convert_units", {"value": 5, "from_unit": "miles"}),
+        ("Read the file shopping.txt", "read_file", {"path": "shopping.txt"}),
+    ],
+)
+def test_the_generator_that_ships_calls_the_assistants_tools(embedded_model, request_, tool, arguments):
+    """What the README and `make demo` show."""
+    assistant = ToolRegistry.from_yaml(content_folder("tools") / "assistant.yaml")
+    generator = shared_generator("default", cloud=embedded_model, edge=embedded_model)
+    made = specialize(assistant, edge=embedded_model, cloud=embedded_model, generator=generator, cache=False)
+    step = parse_step(made.model.generate([[Turn(request_)]])[0].text, assistant)
+    assert isinstance(step, ToolStep) and step.action == tool
+    assert arguments.items() <= step.arguments.items()
