@@ -261,25 +261,33 @@ class Decoder:
         return limit - length
 
     def _opened(
-        self, forward: Forward, prompts: Sequence[Sequence[int] | ReadPrompt], room: int
+        self,
+        forward: Forward,
+        prompts: Sequence[Sequence[int] | ReadPrompt],
+        room: int,
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> tuple[KVCache, list[int]]:
         """A cache with one row for each prompt, begun with what is known of it, and how many tokens that is.
 
         At least the last token of a prompt is left to be read, except where the prompt was read as a whole.
+        forced: tokens that follow each prompt in any case; of these, too, some may be known.
         """
         plain = [list(prompt) for prompt in prompts if not isinstance(prompt, ReadPrompt)]
         head, shared = self._shared_head(forward, plain) if len(plain) > 1 else (None, 0)
         states: list[Snapshot | None] = []
         lengths: list[int] = []
-        for prompt in prompts:
+        for prompt, behind in zip(prompts, forced or [()] * len(prompts), strict=True):
             if isinstance(prompt, ReadPrompt):
                 found: tuple[Snapshot | None, int] = prompt.states, len(prompt.token_ids)
             else:
                 found = self.prefixes.find(prompt[:-1])
                 found = (head, shared) if found[1] < shared else found
+            if behind:
+                further = self.prefixes.find([*_tokens(prompt), *behind][:-1])
+                found = further if further[1] > found[1] else found
             states.append(found[0])
             lengths.append(found[1])
-        cache = KVCache(len(prompts), max(map(len, map(_tokens, prompts))) + room)
+        cache = KVCache(len(prompts), max([*map(len, map(_tokens, prompts)), *lengths]) + room)
         cache.fill(states, lengths)
         return cache, lengths
 
@@ -321,9 +329,8 @@ class _Sequence:
         self.first_seconds: float | None = None
         self.seconds = 0.0
 
-    def begin(self, decoder: Decoder, cached: int) -> None:
-        self.cached = cached
-        self.pending = list(_tokens(self.prompt)[cached:])
+    def prepare(self, decoder: Decoder) -> None:
+        """Add what the grammar forces at the beginning."""
         if self.sampling.temperature > 0:
             self.generator = torch.Generator()
             if self.sampling.seed is None:
@@ -334,6 +341,12 @@ class _Sequence:
             size = decoder.model.config.get_text_config(decoder=True).vocab_size
             self.matcher = self.grammar.matcher(size, sorted(self.stop_token_ids))
             self._extend(self._forced())
+
+    def begin(self, known: int) -> None:
+        """Leave to be read what follows the first `known` tokens."""
+        prompt = _tokens(self.prompt)
+        self.cached = min(known, len(prompt))
+        self.pending = [*prompt, *self.tokens][known:]
 
     def choose(self, logits: Tensor) -> None:
         """Take the next token by logits of shape (vocabulary,), and all that the grammar then forces."""
@@ -452,10 +465,12 @@ class _Run:
     def _begin(self) -> None:
         self._forward = self._decoder._forward()
         room = min(_ROOM, max(sequence.limit for sequence in self.sequences))
-        prompts = [sequence.prompt for sequence in self.sequences]
-        self._cache, cached = self._decoder._opened(self._forward, prompts, room)
-        for sequence, length in zip(self.sequences, cached, strict=True):
-            sequence.begin(self._decoder, length)
+        for sequence in self.sequences:
+            sequence.prepare(self._decoder)
+        prompts, forced = zip(*((sequence.prompt, sequence.tokens) for sequence in self.sequences), strict=True)
+        self._cache, known = self._decoder._opened(self._forward, prompts, room, forced)
+        for sequence, length in zip(self.sequences, known, strict=True):
+            sequence.begin(length)
 
     def _drop_finished(self) -> None:
         assert self._cache is not None
