@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from loragen_agents import json_schema
 from loragen_agents.errors import RegistryError
 
 InputFormat = Literal["csv", "json"]
+_NOTES = ("title", "description", "$schema", "$id", "$comment", "examples")
 _SCALARS = frozenset({"null", "boolean", "integer", "number", "string"})
 
 
@@ -102,6 +103,20 @@ class Tool(BaseModel):
     def required(self) -> frozenset[str]:
         """Names of the arguments that every call must give."""
         return frozenset(self.parameters.get("required", ()))
+
+    def with_arguments(self, needed: Collection[str], left_out: Collection[str]) -> "Tool":
+        """This tool with `needed` among the required arguments and without those of `left_out`.
+
+        The tool itself where nothing changes, and where its schema says more of its arguments than one by one.
+        """
+        plain = self.parameters.keys() <= {"type", "properties", "required", "additionalProperties", *_NOTES}
+        if not plain or not (set(needed) | set(left_out)) - self.required:
+            return self
+        properties = self.parameters["properties"]
+        kept = {name: schema for name, schema in properties.items() if name not in left_out or name in self.required}
+        required = [name for name in kept if name in self.required or name in needed]
+        parameters = {**self.parameters, "properties": kept, "required": required}
+        return Tool(name=self.name, description=self.description, parameters=parameters)
 
     def types_of(self, argument: str) -> frozenset[str]:
         """JSON types that the argument's schema admits."""

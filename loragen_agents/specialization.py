@@ -38,7 +38,7 @@ MEMORY_ENTRIES = 4
 DISK_ENTRIES = 64
 # Writing a folder takes a second; a temporary one this old has lost its writer.
 _ABANDONED_SECONDS = 3600
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "specialization.json"
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MATCH = "tool_match.safetensors"

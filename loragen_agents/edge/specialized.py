@@ -74,7 +74,8 @@ class SpecializedLM:
 
         grammar: hold the step to the registry's names and schemas; without it, text is free and `tool_choice` unused.
         score_tools: where the model has to choose among tools, under the grammar and greedily, score all of them (see
-            `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities.
+            `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities. Which optional
+            arguments the call has is chosen in the same way, also where the tool is given.
         A step ends behind a tool call (`Observation:` is not part of it), or with the answer.
 
         Raises:
@@ -119,16 +120,32 @@ class SpecializedLM:
         # Nothing is scored for a caller who has gone; decoding then ends before its first token.
         if cancel is not None and cancel.is_set():
             return False
-        several = len(self.registry) > 1 or self.match is not None
-        return several and sampling.temperature == 0 and tool_choice in ("auto", "any")
+        if sampling.temperature > 0 or tool_choice == "none":
+            return False
+        if tool_choice in ("auto", "any"):
+            return len(self.registry) > 1 or self.match is not None
+        return self.match is not None and tool_choice in self.registry
 
     def _score(self, prompt: Sequence[int], tool_choice: ToolChoice, *, opening: bool) -> "_Scored":
         """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen."""
         started = time.perf_counter()
         read = self.scorer.read(prompt)
-        tools = self.scorer(read, opening=opening)
-        chosen = tools.best if tool_choice == "any" else tools.chosen
-        return _Scored(read, self.grammar(chosen or "none"), tools, time.perf_counter() - started)
+        tools = self.scorer(read, opening=opening) if tool_choice in ("auto", "any") else None
+        chosen = tool_choice if tools is None else tools.best if tool_choice == "any" else tools.chosen
+        grammar = self.grammar("none") if chosen is None else self._call_grammar(read, chosen)
+        return _Scored(read, grammar, tools, time.perf_counter() - started)
+
+    def _call_grammar(self, read: ReadPrompt, tool: str) -> ToolGrammar:
+        """The grammar of a call of one tool: with the arguments that the request surely gives, without the others."""
+        sure = self.scorer.weights.sure
+        given = self.scorer.arguments(read.token_ids, tool)
+        needed = {name for name, probability in given.items() if probability >= sure}
+        left_out = {name for name, probability in given.items() if 1 - probability > sure}
+        held = self.registry[tool].with_arguments(needed, left_out)
+        if held is self.registry[tool]:
+            return self.grammar(tool)
+        registry = ToolRegistry([held], input_format=self.registry.input_format)
+        return ToolGrammar(registry, cast(PreTrainedTokenizerFast, self.edge.tokenizer), tool)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.
@@ -152,11 +169,11 @@ class SpecializedLM:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A prompt that was read and whose tool is chosen; seconds: what that took."""
+    """A prompt that was read and whose tool is chosen; seconds: what that took. tools: None where it was given."""
 
     read: ReadPrompt
     grammar: ToolGrammar
-    tools: ToolProbabilities
+    tools: ToolProbabilities | None
     seconds: float
 
     def completed(self, completion: Completion) -> Completion:

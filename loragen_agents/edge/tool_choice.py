@@ -1,4 +1,6 @@
-"""Which tool a request calls for: all names scored in one batch behind `Action:`, and the tools matched by state.
+"""Which tool a request calls for, and which of its optional arguments the request gives.
+
+All names are scored in one batch behind `Action:`, and the tools are matched by state, as are arguments.
 
 It costs no prompt tokens and gives a probability for every tool, and for calling none. What a request looks like inside
 the model (see `ToolMatch`) and what the model would write are two witnesses; how much each counts is in
@@ -9,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from loragen_agents.edge.decoding import Decoder, ReadPrompt
 from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.react import ACTION, NO_TOOL, USE_TOOL
+from loragen_agents.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.tool_match import ToolMatch
 
@@ -35,16 +36,22 @@ class ChoiceWeights:
         for a tool; the rest is what the model would write, `Yes` or `No`. Pieces in the weights can only say how much a
         request is like all tools together, the match how much it is like one of them. Once a step was taken, what the
         model would write decides alone.
+    floor: logit of the likeliest tool, in the match at `Action:`, that speaks neither for a call nor against it; what
+        it has above, or lacks, is added to the match's log-odds of the decision. Not with a single tool.
     bias: added to the log-odds of a request; above 0, tools are called more readily.
+    sure: from this probability on, the state match alone says that a request gives an optional argument, or that it
+        does not; what lies between is the model's own choice, and with 1 all of it.
     """
 
     prior: float = 0.0
     match: float = 1.0
     decision: float = 1.0
+    floor: float = 4.0
     bias: float = 0.0
+    sure: float = 0.75
 
 
-NAMES_ALONE = ChoiceWeights(match=0.0, decision=0.0, bias=0.0)
+NAMES_ALONE = ChoiceWeights(match=0.0, decision=0.0, bias=0.0, sure=1.0)
 
 
 @dataclass(frozen=True)
@@ -115,24 +122,44 @@ class ToolScorer:
         weights = self.weights
         yes_no = prompt.logits[[self._yes, self._no]].float()
         odds = (yes_no[0] - yes_no[1]).item()
-        shares: list[Tensor] = []
-        if opening and self._match is not None and prompt.activations is not None:
-            logits = self._match.decide(prompt.activations[:, None])[0]
-            matched = (logits[:-1].logsumexp(dim=0) - logits[-1]).item()
-            odds += weights.decision * (matched - odds) + weights.bias
-            shares.append(logits[:-1].log_softmax(dim=0))
         called = self._called(prompt.token_ids)
         scores = torch.tensor(self._decoder.score(called, self._names))
         if weights.prior:
             scores -= weights.prior * torch.tensor(self.priors)
         if self._match is not None and called.activations is not None:
-            shares.append(self._match.choose(called.activations[:, None])[0].log_softmax(dim=0))
-        for share in shares:
-            scores += weights.match * share.cpu()
+            named = self._match.choose(called.activations[:, None])[0]
+            scores += weights.match * named.log_softmax(dim=0).cpu()
+            if opening and prompt.activations is not None:
+                decided = self._match.decide(prompt.activations[:, None])[0]
+                scores += weights.match * decided[:-1].log_softmax(dim=0).cpu()
+                matched = (decided[:-1].logsumexp(dim=0) - decided[-1]).item()
+                # A single tool's key has nothing taken off, and its logits are on another scale.
+                if len(self._registry) > 1:
+                    matched += named.max().item() - weights.floor
+                odds += weights.decision * (matched - odds) + weights.bias
         tools: list[float] = scores.softmax(dim=0).tolist()
         return ToolProbabilities(
             torch.tensor(odds).sigmoid().item(), dict(zip(self._registry.names, tools, strict=True))
         )
+
+    @torch.no_grad()
+    def arguments(self, prompt: Sequence[int], tool: str) -> dict[str, float]:
+        """Probability that each optional argument of `tool` is given behind a prompt; empty where nothing is matched.
+
+        prompt: ends in `THOUGHT_QUESTION`.
+        """
+        if self._match is None or self.weights.sure >= 1:
+            return {}
+        index = self._registry.names.index(tool)
+        if not self._match.matches_arguments(index):
+            return {}
+        step = self._renderer.encode_text(f"{_CALL} {tool}{ACTION_INPUT}")
+        activations = self.read([*prompt, *step]).activations
+        if activations is None:
+            return {}
+        probabilities = self._match.given(index, activations[:, None])[0].sigmoid().tolist()
+        named = zip(self._registry[tool].argument_names, probabilities, strict=False)
+        return {name: p for name, p in named if name not in self._registry[tool].required}
 
     def _called(self, prompt: Sequence[int]) -> ReadPrompt:
         return self.read([*prompt, *self._call])

@@ -20,7 +20,7 @@ from loragen_agents.files import read_json_object, replacing
 from loragen_agents.fingerprints import file_sha256
 from loragen_agents.language_models import LanguageModel
 
-FORMAT, VERSION = "loragen-agents generator", 3
+FORMAT, VERSION = "loragen-agents generator", 4
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "default"
 
 _DESCRIPTION_FILE = "generator.json"

@@ -4,6 +4,7 @@ Keeps what it has read, so that a registry grows or shrinks by a tool without re
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 from threading import Lock
 
 import torch
@@ -36,16 +37,21 @@ class MemoryWriter(nn.Module):
         self._keep, self._kept = keep, OrderedDict[str, ToolReading]()
         self._lock = Lock()
 
-    def forward(self, registry: ToolRegistry, beside: LoRAWeights) -> tuple[LoRAWeights, ToolMatch]:
+    def forward(
+        self, registry: ToolRegistry, beside: LoRAWeights, arguments_of: Collection[str] | None = None
+    ) -> tuple[LoRAWeights, ToolMatch]:
         """The registry's pieces, and what requests are matched with.
 
         Gradients reach the memory's maps, not the weights beside which the tools are read.
+        arguments_of: names of the tools whose arguments will be matched; None for all. Used in training mode alone.
         """
-        readings = self.read(registry, beside)
+        readings = self.read(registry, beside, arguments_of)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
 
-    def read(self, registry: ToolRegistry, beside: LoRAWeights) -> list[ToolReading]:
-        """Read a registry's tools with the edge LM and the weights `beside` in place."""
+    def read(
+        self, registry: ToolRegistry, beside: LoRAWeights, arguments_of: Collection[str] | None = None
+    ) -> list[ToolReading]:
+        """Read a registry's tools with the edge LM and the weights `beside` in place; arguments as in `forward`."""
         form = registry.input_format
         keys = [tool.model_dump_json() + form for tool in registry]
         with self._lock:
@@ -54,7 +60,14 @@ class MemoryWriter(nn.Module):
             if missing:
                 edge, tools = self._edge[0], list(missing.values())
                 with torch.no_grad(), apply_lora(edge, beside.detach()):
-                    fresh = read_tools(edge, self._renderer, tools, self.memory.layers, form)
+                    fresh = read_tools(
+                        edge,
+                        self._renderer,
+                        tools,
+                        self.memory.layers,
+                        form,
+                        arguments_of=arguments_of if self.training else None,
+                    )
                 kept.update(zip(missing, fresh, strict=True))
             if not self.training:
                 for key in keys:

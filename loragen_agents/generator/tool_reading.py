@@ -4,9 +4,9 @@ Knows prompts and the edge LM; what keys and values become of the states is `too
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ _OPENING = ' {"'
 MAX_DESCRIPTION = 400
 # Each token of an argument's name adds one to the rank of the weights.
 MAX_ARGUMENTS = 8
+# Of the texts that say that an argument is given: what the tool does, and what the argument is.
+_MAX_PURPOSE, _MAX_ARGUMENT = 160, 80
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,28 @@ def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat
     return made
 
 
+def chooses_arguments(tool: Tool, input_format: InputFormat) -> bool:
+    """Whether calls of a tool differ in the arguments that they give, and an input says which it gives."""
+    return input_format == "json" and any(name not in tool.required for name in tool.argument_names[:MAX_ARGUMENTS])
+
+
+def argument_texts(renderer: PromptRenderer, tool: Tool) -> list[list[int]]:
+    """For each of a tool's arguments: a request that gives it, and the step up to `Action Input:`, as token ids.
+
+    `Please find flights. Airline: the airline's name`, where the schema describes the argument.
+    """
+    purpose = description_as_request(tool)[:_MAX_PURPOSE].rstrip(". ")
+    step = renderer.encode_text(f"{USE_TOOL}{ACTION} {tool.name}{ACTION_INPUT}")
+    rows = []
+    for name in tool.argument_names[:MAX_ARGUMENTS]:
+        schema = tool.parameters["properties"][name]
+        described = " ".join(str(schema.get("description") or "").split()) if isinstance(schema, dict) else ""
+        words = " ".join(name.replace("_", " ").split())
+        request = f"{purpose}. {words[:1].upper()}{words[1:]}: {described[:_MAX_ARGUMENT]}".rstrip(": ")
+        rows.append(renderer.user_turn([Turn(request)]) + step)
+    return rows
+
+
 def _example(tool: Tool, argument: str, written: str) -> str:
     schema = tool.parameters["properties"][argument]
     numeric = isinstance(schema, dict) and schema.get("type") in ("number", "integer")
@@ -117,31 +141,52 @@ def read_tools(
     layers: Sequence[int],
     input_format: InputFormat = "json",
     max_tokens: int = 2048,
+    arguments_of: Collection[str] | None = None,
 ) -> list[ToolReading]:
     """Read tools in a few batches of similar length, each at most `max_tokens` long with its padding.
 
     model: the edge LM with its format weights in place and no memory.
     layers: the memory's layers.
+    arguments_of: names of the tools whose arguments are read, where they leave a choice; None for all.
     """
-    rows = [reading_text(renderer, tool, input_format) for tool in tools]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    readings: dict[int, ToolReading] = {}
+    texts = [reading_text(renderer, tool, input_format) for tool in tools]
+    readings: list[ToolReading] = []
+    captured = _captured(model, layers, [(text.ids, text.places) for text in texts], max_tokens)
+    for text, activations in zip(texts, captured, strict=True):
+        directions = _logit_directions(model, text.raised) - _logit_directions(model, text.lowered)
+        kinds = torch.tensor([int(kind) for kind in text.kinds])
+        readings.append(ToolReading(activations, directions, kinds))
+    chosen = [
+        place
+        for place, tool in enumerate(tools)
+        if chooses_arguments(tool, input_format) and (arguments_of is None or tool.name in arguments_of)
+    ]
+    rows = {place: argument_texts(renderer, tools[place]) for place in chosen}
+    wanted = [(ids, [len(ids) - 1]) for requests in rows.values() for ids in requests]
+    found = iter(_captured(model, layers, wanted, max_tokens))
+    for place, requests in rows.items():
+        own = torch.cat([next(found) for _ in requests], dim=1)
+        readings[place] = replace(readings[place], arguments=own)
+    return readings
+
+
+def _captured(
+    model: PreTrainedModel, layers: Sequence[int], rows: Sequence[tuple[list[int], list[int]]], max_tokens: int
+) -> list[Tensor]:
+    """Inputs of `down_proj` at some places of each row of token ids, with shape (layers, places, intermediate size)."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    found: dict[int, Tensor] = {}
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and len(rows[order[end]].ids) * (end + 1 - start) <= max_tokens:
+        while end < len(order) and len(rows[order[end]][0]) * (end + 1 - start) <= max_tokens:
             end += 1
         chunk = order[start:end]
         start = end
-        batch = pad_right([rows[index].ids for index in chunk], model.device)
-        captured = capture_down_proj_inputs(model, layers, batch)
+        captured = capture_down_proj_inputs(model, layers, pad_right([rows[index][0] for index in chunk], model.device))
         for row, index in enumerate(chunk):
-            text = rows[index]
-            directions = _logit_directions(model, text.raised) - _logit_directions(model, text.lowered)
-            readings[index] = ToolReading(
-                captured[:, row, text.places].clone(), directions, torch.tensor([int(kind) for kind in text.kinds])
-            )
-    return [readings[index] for index in range(len(rows))]
+            found[index] = captured[:, row, rows[index][1]].clone()
+    return [found[index] for index in range(len(rows))]
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ class TokenizedSample:
     choice: index of the gold tool in the registry, None where the gold is an answer.
     action_place: index in `input_ids` of the last token of `Action:`, None where the gold is an answer.
     opening: whether no step has been taken in the open turn, so that the request alone decides.
+    input_place: index in `input_ids` of the last token of `Action Input:`, None where the gold is an answer.
+    given: whether the gold call gives each of its tool's arguments; None for those that it has to give.
     """
 
     input_ids: list[int]
@@ -27,6 +29,8 @@ class TokenizedSample:
     choice: int | None
     action_place: int | None
     opening: bool = True
+    input_place: int | None = None
+    given: tuple[bool | None, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -44,12 +48,13 @@ def tokenize_sample(
     for piece in pieces:
         end += len(piece.text)
         ends.append(end)
-    parts, action_place = [], None
+    parts: list[int] = []
+    first: dict[str, int] = {}
     for index, start in enumerate(starts):
         piece_index = next(n for n, end in enumerate(ends) if start < end)
-        parts.append(PARTS.index(pieces[piece_index].part))
-        if pieces[piece_index].part == "name" and action_place is None:
-            action_place = index - 1
+        part = pieces[piece_index].part
+        parts.append(PARTS.index(part))
+        first.setdefault(part, index)
     if definitions_in_prompt:
         prompt = renderer.full_react(episode.registry, sample.turns)
     else:
@@ -60,5 +65,7 @@ def tokenize_sample(
         parts.append(PARTS.index("answer"))
         return TokenizedSample(prompt + ids, parts, None, None, opening)
     choice = episode.registry.names.index(sample.gold.name)
-    assert action_place is not None
-    return TokenizedSample(prompt + ids, parts, choice, len(prompt) + action_place, opening)
+    tool = episode.registry[sample.gold.name]
+    given = tuple(None if name in tool.required else name in sample.gold.arguments for name in tool.argument_names)
+    action_place, input_place = (len(prompt) + first[part] - 1 for part in ("name", "arguments"))
+    return TokenizedSample(prompt + ids, parts, choice, action_place, opening, input_place, given)

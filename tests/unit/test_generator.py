@@ -183,9 +183,9 @@ def test_a_registry_grows_by_a_tool_without_reading_the_others_again(monkeypatch
     read = []
     whole = memory_writer.read_tools
 
-    def counted(model, renderer, tools, layers, input_format):
+    def counted(model, renderer, tools, layers, input_format, **settings):
         read.append(len(tools))
-        return whole(model, renderer, tools, layers, input_format)
+        return whole(model, renderer, tools, layers, input_format, **settings)
 
     monkeypatch.setattr(memory_writer, "read_tools", counted)
     made = with_memory(experts=1)

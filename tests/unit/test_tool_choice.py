@@ -1,8 +1,11 @@
 """Choosing a tool by its name and by state: the figures, and what a specialised model makes of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from loragen_agents.edge import decoding
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ChoiceWeights, ToolScorer
@@ -10,6 +13,7 @@ from loragen_agents.errors import CheckpointError
 from loragen_agents.generator.tool_reading import capture_down_proj_inputs
 from loragen_agents.prompting import Turn
 from loragen_agents.react import Answer, ToolStep, parse_step
+from loragen_agents.registry import ToolRegistry
 from loragen_agents.tool_match import ToolMatch
 from tests.unit.test_specialized import language_model, random_weights, registry
 
@@ -75,10 +79,29 @@ def matching(special: SpecializedLM, request: str, tool: str, threshold: float) 
     keys = torch.randn(2, len(layers), len(NAMES), own.shape[-1])
     keys[0, :, NAMES.index(tool)], keys[1, :, NAMES.index(tool)] = own[:, len(prompt) - 1], own[:, -1]
     keys = torch.nn.functional.normalize(keys, dim=-1)
-    weights = torch.full((2, len(layers)), 20.0)
     return ToolMatch(
-        layers, keys[0], keys[1], torch.zeros(2, len(layers), own.shape[-1]), weights, torch.tensor(threshold)
+        layers,
+        keys[0],
+        keys[1],
+        backgrounds=torch.zeros(3, len(layers), own.shape[-1]),
+        weights=torch.full((3, len(layers)), 20.0),
+        threshold=torch.tensor(threshold),
+        argument_keys=keys[0, :, :0],
+        argument_counts=torch.zeros(len(NAMES), dtype=torch.long),
+        argument_threshold=torch.tensor(20.0),
     )
+
+
+def with_arguments(special: SpecializedLM, request: str, given: set[str]) -> ToolMatch:
+    """A match of the tool `ruler` alone, whose keys for the arguments in `given` are the request's own activations."""
+    match = matching(special, request, "ruler", threshold=20.0)
+    step = special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
+    prompt = special.renderer.user_turn([Turn(request)])
+    own = capture_down_proj_inputs(special.model, match.layers, torch.tensor([[*prompt, *step]]))[:, 0, -1]
+    names = special.registry["ruler"].argument_names
+    keys = torch.stack([own if name in given else -own for name in names], dim=1)
+    counts = torch.tensor([len(names) * (name == "ruler") for name in special.registry.names])
+    return replace(match, argument_keys=torch.nn.functional.normalize(keys, dim=-1), argument_counts=counts)
 
 
 @pytest.mark.parametrize("tool", ["find_all", "ruler"])
@@ -99,20 +122,102 @@ def test_a_request_is_matched_at_its_own_activations(special, tool, before):
         assert scorer(read, opening=False).calls_tool == pytest.approx(said)
 
 
+def test_the_match_at_the_action_counts_in_the_decision_too(special):
+    """Where the likeliest tool is far above the floor there, a tool is called, and far below it none is."""
+    match = matching(special, TURNS[0].request, "ruler", threshold=20.0)
+    read = ToolScorer(special.decoder, special.renderer, special.registry, match).read(
+        special.renderer.user_turn(TURNS)
+    )
+    for floor, least, most in ((0.0, 0.99, 1.0), (200.0, 0.0, 0.01)):
+        weights = ChoiceWeights(floor=floor)
+        scorer = ToolScorer(special.decoder, special.renderer, special.registry, match, weights=weights)
+        assert least <= scorer(read).calls_tool <= most
+        assert scorer(read, opening=False).calls_tool == pytest.approx(
+            ToolScorer(special.decoder, special.renderer, special.registry)(read).calls_tool
+        )
+
+
 def test_a_request_that_no_key_is_like_calls_no_tool(special):
     match = matching(special, "Something else entirely", "ruler", threshold=60.0)
     scorer = ToolScorer(special.decoder, special.renderer, special.registry, match)
     assert scorer(scorer.read(special.renderer.user_turn(TURNS))).calls_tool < 0.1
 
 
+RULER = {
+    "type": "object",
+    "properties": {
+        "unit": {"enum": ["cm", "inch"]},
+        "precise": {"type": "boolean"},
+        "object": {"enum": ["table", "door"]},
+    },
+    "required": ["unit"],
+}
+
+
+@pytest.fixture(scope="module")
+def choosing() -> SpecializedLM:
+    tools = [
+        tool.model_copy(update={"parameters": RULER}) if tool.name == "ruler" else tool for tool in registry(*NAMES)
+    ]
+    return SpecializedLM(language_model(), random_weights(3), ToolRegistry(tools))
+
+
+@pytest.mark.parametrize("given", [set(), {"precise"}, {"object"}, {"precise", "object"}])
+@pytest.mark.parametrize("tool_choice", ["any", "ruler"])
+def test_a_call_has_the_optional_arguments_that_its_request_is_matched_with(choosing, given, tool_choice):
+    match = with_arguments(choosing, TURNS[0].request, given)
+    special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
+    stream = special.stream(TURNS, Sampling(max_tokens=60), tool_choice=tool_choice)
+    step = parse_step("".join(stream), special.registry)
+    assert isinstance(step, ToolStep) and step.arguments.keys() == {"unit", *given}
+    (completion,) = special.generate([TURNS], Sampling(max_tokens=60), tool_choice=tool_choice)
+    assert completion.text == stream.completion.text
+    assert (stream.tools is None) == (tool_choice == "ruler")
+
+
+def test_a_call_is_decoded_from_where_its_arguments_were_matched(choosing, monkeypatch):
+    """The tool's name and `Action Input:` were read to match the arguments; none of it is read again."""
+    match = with_arguments(choosing, TURNS[0].request, {"object"})
+    special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
+    fed: list[int] = []
+    whole = decoding._feed
+
+    def counted(forward, cache, tokens, *rest, **settings):
+        fed.extend(map(len, tokens))
+        return whole(forward, cache, tokens, *rest, **settings)
+
+    monkeypatch.setattr(decoding, "_feed", counted)
+    "".join(special.stream(TURNS, Sampling(max_tokens=60), tool_choice="ruler"))
+    prompt, step = special.renderer.user_turn(TURNS), special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
+    assert fed[:2] == [len(prompt), len(step)] and fed[2] < len(step)
+
+
+def test_what_the_match_is_not_sure_of_is_left_to_the_model(choosing):
+    match = with_arguments(choosing, TURNS[0].request, {"object"})
+    prompt = choosing.renderer.user_turn(TURNS)
+    found = ToolScorer(choosing.decoder, choosing.renderer, choosing.registry, match).arguments(prompt, "ruler")
+    assert found.keys() == {"precise", "object"} and found["precise"] < 0.01 and found["object"] > 0.99
+    unsure = replace(match, weights=match.weights * 0, argument_threshold=torch.tensor(0.0))
+    alone = ChoiceWeights(sure=0.6)
+    for kept, weights in ((unsure, alone), (match, replace(alone, sure=1.0)), (None, alone)):
+        special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, kept)
+        special.scorer.weights = weights
+        text = "".join(special.stream(TURNS, Sampling(max_tokens=60), tool_choice="ruler"))
+        free = choosing.decoder.stream(prompt, Sampling(max_tokens=60), choosing.grammar("ruler"))
+        assert text == "".join(free)
+
+
 def test_a_match_reads_back_as_it_was_written(special, tmp_path):
-    match = matching(special, TURNS[0].request, "find", threshold=3.0)
+    match = with_arguments(special, TURNS[0].request, {"unit"})
     match.save(tmp_path / "match.safetensors")
     back = ToolMatch.load(tmp_path / "match.safetensors")
     requests = torch.randn(2, 5, match.name_keys.shape[-1])
     assert back.layers == match.layers
     torch.testing.assert_close(back.decide(requests), match.decide(requests))
     torch.testing.assert_close(back.choose(requests), match.choose(requests))
+    ruler = NAMES.index("ruler")
+    torch.testing.assert_close(back.given(ruler, requests), match.given(ruler, requests))
+    assert [back.matches_arguments(n) for n in range(len(NAMES))] == [n == ruler for n in range(len(NAMES))]
     (tmp_path / "match.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"match\.safetensors is not a tool match"):
         ToolMatch.load(tmp_path / "match.safetensors")

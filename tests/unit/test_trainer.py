@@ -16,6 +16,7 @@ from loragen_agents.sharing import shared_renderer
 from loragen_agents.training.batches import PARTS
 from loragen_agents.training.data import Call, CallRecord, DataSet, Split, ToolRecord
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
+from loragen_agents.training.episodes import GoldCall
 from loragen_agents.training.gpt4tools_episodes import gpt4tools_samplers
 from loragen_agents.training.packing import batches
 from loragen_agents.training.recipe import Recipe
@@ -32,11 +33,14 @@ def data() -> DataSet:
     tools, calls = {}, []
     for number, thing in enumerate(THINGS):
         split: Split = "dev" if number >= 6 else "train"
-        schema = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+        properties = {"place": {"type": "string"}, "day": {"type": "string"}}
+        schema = {"type": "object", "properties": properties, "required": ["place"]}
         tool = ToolRecord(f"t/{thing}", f"find_{thing}", f"Find {thing} in a place.", thing, "t", split, schema)
         tools[tool.id] = tool
-        for place in ("Rome", "Oslo", "Lima", "Bern"):
-            calls.append(CallRecord(f"{thing} in {place}?", (Call(tool.id, {"place": place}),), "t", split))
+        for place, day in (("Rome", ""), ("Oslo", "Friday"), ("Lima", ""), ("Bern", "Sunday")):
+            given = {"place": place, "day": day} if day else {"place": place}
+            query = f"{thing} in {place} on {day}?" if day else f"{thing} in {place}?"
+            calls.append(CallRecord(query, (Call(tool.id, given),), "t", split))
     return DataSet(tools, tuple(calls))
 
 
@@ -79,13 +83,21 @@ def test_every_target_token_has_its_part(edge):
         if sample.action_place is not None:
             so_far = str(load_language_model(edge).tokenizer.decode(sample.input_ids[: sample.action_place + 1]))
             assert so_far.endswith("Action:")
+        if sample.input_place is not None and isinstance(raw.gold, GoldCall):
+            so_far = str(load_language_model(edge).tokenizer.decode(sample.input_ids[: sample.input_place + 1]))
+            assert so_far.endswith(f"Action: {raw.gold.name}\nAction Input:")
+            tool = episode.registry[raw.gold.name]
+            given = dict(zip(tool.argument_names, sample.given, strict=True))
+            assert {name for name in given if given[name] is None} == tool.required
+            assert {name for name in given if given[name]} == raw.gold.arguments.keys() - tool.required
 
 
 def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
     model = load_language_model(edge, dtype="float32")
     generator = LoRAGenerator(GeneratorConfig(**GENERATOR), None, model)
     learner = EpisodeModel(generator, shared_renderer(model.tokenizer))
-    episode = tokenize_episode(shared_renderer(model.tokenizer), RegistrySampler(data()).episode(1))
+    sampler = RegistrySampler(data(), options=sampler_options({"csv": 0.0, "tools": [[4, 6, 1.0]]}))
+    episode = tokenize_episode(shared_renderer(model.tokenizer), sampler.episode(1))
     learner.set_background([episode])
     learner.train()
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
@@ -101,7 +113,7 @@ def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
     assert not still
 
 
-def test_the_match_learns_which_tool_serves_a_request_and_where_none_does(edge):
+def test_the_match_learns_what_serves_a_request_and_what_a_request_gives(edge):
     model = load_language_model(edge, dtype="float32")
     renderer = shared_renderer(model.tokenizer)
     learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), renderer)
@@ -120,7 +132,7 @@ def test_the_match_learns_which_tool_serves_a_request_and_where_none_does(edge):
     learner.rates.clear()
     learner([episode])
     rates = learner.rates.means()
-    assert (rates["serves"], rates["match"]) == (1.0, 1.0)
+    assert (rates["serves"], rates["match"], rates["given"]) == (1.0, 1.0, 1.0)
     assert learner.rates.counts["serves"] == len(drawn.samples)
 
 
