@@ -122,7 +122,7 @@ def argument_texts(renderer: PromptRenderer, tool: Tool) -> list[list[int]]:
     for name in tool.argument_names[:MAX_ARGUMENTS]:
         schema = tool.parameters["properties"][name]
         described = " ".join(str(schema.get("description") or "").split()) if isinstance(schema, dict) else ""
-        words = " ".join(name.replace("_", " ").split())
+        words = _in_words(name)
         request = f"{purpose}. {words[:1].upper()}{words[1:]}: {described[:_MAX_ARGUMENT]}".rstrip(": ")
         rows.append(renderer.user_turn([Turn(request)]) + step)
     return rows
@@ -131,7 +131,11 @@ def argument_texts(renderer: PromptRenderer, tool: Tool) -> list[list[int]]:
 def _example(tool: Tool, argument: str, written: str) -> str:
     schema = tool.parameters["properties"][argument]
     numeric = isinstance(schema, dict) and schema.get("type") in ("number", "integer")
-    return "0" if numeric else f'"{" ".join(written.replace("_", " ").split())}"'
+    return "0" if numeric else f'"{_in_words(written)}"'
+
+
+def _in_words(name: str) -> str:
+    return " ".join(name.replace("_", " ").split())
 
 
 def read_tools(
