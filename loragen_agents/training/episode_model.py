@@ -20,14 +20,14 @@ from loragen_agents.prompting import PromptRenderer
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.tool_match import ToolMatch
 from loragen_agents.training.batches import PARTS, TokenizedSample, tokenize_sample
-from loragen_agents.training.episodes import Episode
+from loragen_agents.training.episodes import Episode, Part
 from loragen_agents.training.packing import Batch, batches
 
 PromptKind = Literal["user_turn", "full_react"]
 
 # Below this many tokens a part's mean is too noisy to weigh as much as that of a full episode.
 _FULL_WEIGHT_TOKENS = 20
-_DEFAULT_WEIGHTS = {"decision": 0.5, "format": 0.2, "name": 1.0, "arguments": 1.0, "answer": 0.15}
+_DEFAULT_WEIGHTS: dict[Part, float] = {"decision": 0.5, "format": 0.2, "name": 1.0, "arguments": 1.0, "answer": 0.15}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class EpisodeModel(nn.Module):
         generator: LoRAGenerator,
         renderer: PromptRenderer,
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[Part, float] | None = None,
         match_weight: float = 0.5,
         first_layer: int = 0,
         batch_tokens: int = 1024,

@@ -24,6 +24,7 @@ from loragen_agents.training import augment
 from loragen_agents.training.data import Split
 from loragen_agents.training.episodes import Episode, GoldCall, Kind, Sample
 from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools
+from loragen_agents.training.options import GPT4ToolsOptions, checked_options
 
 SOURCE = "gpt4tools"
 MINI = "gpt4tools-mini"
@@ -44,10 +45,7 @@ class GPT4ToolsSampler:
         rows: as `read_gpt4tools` gives them. Outputs of several steps become a sample for each.
         seed: together with an episode's index it decides everything about the episode.
         split: "dev" draws from every twelfth row, "train" from the others.
-        requests: samples of an episode.
-        tools: smallest and largest number of tools in a registry; more where the requests need more.
-        answered: share of the samples in which an answer is due.
-        invented: share of the registries in which every tool has an invented name.
+        options: how they are drawn.
 
     Raises:
         DataError: no row of this split can be used.
@@ -59,13 +57,9 @@ class GPT4ToolsSampler:
         *,
         seed: int = 0,
         split: Split = "train",
-        requests: int = 8,
-        tools: tuple[int, int] = (4, 16),
-        answered: float = 0.2,
-        invented: float = 0.3,
+        options: GPT4ToolsOptions | None = None,
     ) -> None:
-        self.seed, self.split, self.requests, self.size = seed, split, requests, tools
-        self.answered, self.invented = answered, invented
+        self.seed, self.split, self.options = seed, split, options or GPT4ToolsOptions()
         self._tools: dict[str, Tool] = {}
         self._samples: dict[str, list[Sample]] = defaultdict(list)  # by the tool that is due, "" where none is
         for number, row in enumerate(rows):
@@ -81,14 +75,14 @@ class GPT4ToolsSampler:
     def episode(self, index: int) -> Episode:
         """Draw episode `index`."""
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        samples = [rng.choice(self._samples[self._draw_due(rng)]) for _ in range(self.requests)]
+        samples = [rng.choice(self._samples[self._draw_due(rng)]) for _ in range(self.options.requests)]
         needed = list(dict.fromkeys(name for sample in samples for name in _needed(sample)))
-        size = max(len(needed), rng.randint(*self.size))
+        size = max(len(needed), rng.randint(*self.options.tools))
         others = [name for name in self._names if name not in needed]
         names = needed + rng.sample(others, min(len(others), size - len(needed)))
         rng.shuffle(names)
         shown = dict(zip(names, names, strict=True))
-        if rng.random() < self.invented:
+        if rng.random() < self.options.invented:
             style, taken = augment.draw_style(rng), set[object]()
             for name in names:
                 shown[name] = augment.distinct_name(
@@ -100,7 +94,7 @@ class GPT4ToolsSampler:
 
     def _draw_due(self, rng: random.Random) -> str:
         tools = [name for name in sorted(self._samples) if name]
-        if "" in self._samples and (not tools or rng.random() < self.answered):
+        if "" in self._samples and (not tools or rng.random() < self.options.answered):
             return ""
         return rng.choice(tools)
 
@@ -150,27 +144,22 @@ def gpt4tools_samplers(
 
     Args:
         data: "gpt4tools-mini" (its training part) and GPT4Tools files; other data gives None.
-        settings: the recipe's sampler settings: arguments of `GPT4ToolsSampler`.
+        settings: the recipe's sampler settings: those of `GPT4ToolsOptions`.
 
     Raises:
-        DataError: GPT4Tools data beside data folders, a damaged file, or an unknown setting.
+        DataError: GPT4Tools data beside data folders, a damaged file, or settings that can't be used.
     """
     own = [name for name in data if name == MINI or Path(name).suffix == ".json"]
     if not own:
         return None
     if len(own) < len(data):
         raise DataError(f"GPT4Tools data ({', '.join(own)}) can't be mixed with data folders; name one kind.")
+    options = checked_options(GPT4ToolsOptions, settings)
     rows: list[GPT4ToolsSample] = []
     for name in own:
         rows += mini_rows("train") if name == MINI else read_gpt4tools(name)
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    unknown = sorted(values.keys() - {"requests", "tools", "answered", "invented"})
-    if unknown:
-        raise DataError(f"the recipe's sampler settings name options that GPT4Tools data doesn't have: {unknown}")
     dev: dict[str, EpisodeSource] = {}
     for names, share in (("real", 0.0), ("invented", 1.0)):
-        changed: dict[str, Any] = {**values, "requests": 4, "invented": share}
-        dev[names] = GPT4ToolsSampler(rows, seed=1, split="dev", **changed)
-    return GPT4ToolsSampler(rows, seed=seed, **values), dev
+        shown = replace(options, requests=4, invented=share)
+        dev[names] = GPT4ToolsSampler(rows, seed=1, split="dev", options=shown)
+    return GPT4ToolsSampler(rows, seed=seed, options=options), dev

@@ -1,13 +1,20 @@
-"""How episodes are drawn: every probability of the sampler in one plain value. Knows nothing of data."""
+"""How episodes are drawn: every probability of the samplers in one plain value. Knows nothing of data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from loragen_agents.errors import DataError
 from loragen_agents.registry import InputFormat
+from loragen_agents.training.episodes import Kind
 
 NameMode = Literal["real", "restyled", "reworded", "invented", "swapped"]
-Choices = Mapping[str, float]
+Weight = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+OptionsT = TypeVar("OptionsT")
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,18 @@ class SamplerOptions:
         joined: share of multi-step samples made by joining two requests instead of a row with several calls.
     """
 
-    tools: tuple[tuple[int, int, float], ...] = (
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    tools: tuple[tuple[Count, Count, Weight], ...] = (
         (2, 3, 0.08),
         (4, 8, 0.36),
         (9, 16, 0.3),
         (17, 24, 0.18),
         (25, 32, 0.08),
     )
-    gold_tools: tuple[int, int] = (2, 5)
-    requests: int = 8
-    sources: Choices = field(
+    gold_tools: tuple[Count, Count] = (2, 5)
+    requests: Count = 8
+    sources: Mapping[str, Weight] = field(
         default_factory=lambda: {
             "seal-tools": 0.24,
             "metatool": 0.2,
@@ -59,29 +68,29 @@ class SamplerOptions:
             "described": 0.1,
         }
     )
-    other_sources: float = 0.1
-    mixed_sources: float = 0.4
-    near: float = 0.5
-    kinds: Choices = field(
+    other_sources: Weight = 0.1
+    mixed_sources: Probability = 0.4
+    near: Probability = 0.5
+    kinds: Mapping[Kind, Weight] = field(
         default_factory=lambda: {"call": 0.62, "next_call": 0.08, "final_answer": 0.1, "unserved": 0.12, "chat": 0.08}
     )
-    names: Choices = field(
+    names: Mapping[NameMode, Weight] = field(
         default_factory=lambda: {"real": 0.25, "restyled": 0.2, "reworded": 0.15, "invented": 0.32, "swapped": 0.08}
     )
-    mixed_names: float = 0.1
-    numbered_names: float = 0.08
-    echoed_names: float = 0.08
-    short_description: float = 0.15
-    no_description: float = 0.04
-    useful_description: float = 0.3
-    renamed_arguments: float = 0.25
-    shuffled_arguments: float = 0.2
-    bare_arguments: float = 0.15
-    csv: float = 0.3
-    query_argument: float = 0.2
-    history: float = 0.12
-    failed: float = 0.1
-    joined: float = 0.5
+    mixed_names: Probability = 0.1
+    numbered_names: Probability = 0.08
+    echoed_names: Probability = 0.08
+    short_description: Probability = 0.15
+    no_description: Probability = 0.04
+    useful_description: Probability = 0.3
+    renamed_arguments: Probability = 0.25
+    shuffled_arguments: Probability = 0.2
+    bare_arguments: Probability = 0.15
+    csv: Probability = 0.3
+    query_argument: Probability = 0.2
+    history: Probability = 0.12
+    failed: Probability = 0.1
+    joined: Probability = 0.5
 
     @classmethod
     def evaluation(
@@ -90,7 +99,7 @@ class SamplerOptions:
         tools: int,
         names: NameMode = "real",
         requests: int = 8,
-        sources: Choices | None = None,
+        sources: Mapping[str, float] | None = None,
         near: float = 0.5,
         unserved: float = 0.0,
         input_format: InputFormat = "json",
@@ -124,3 +133,37 @@ class SamplerOptions:
             history=0.0,
             failed=0.0,
         )
+
+
+@dataclass(frozen=True)
+class GPT4ToolsOptions:
+    """How episodes are drawn from GPT4Tools rows.
+
+    Attributes:
+        requests: samples of an episode.
+        tools: smallest and largest number of tools in a registry; more where the requests need more.
+        answered: share of the samples in which an answer is due.
+        invented: share of the registries in which every tool has an invented name.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    requests: Count = 8
+    tools: tuple[Count, Count] = (4, 16)
+    answered: Probability = 0.2
+    invented: Probability = 0.3
+
+
+def checked_options(kind: type[OptionsT], settings: Mapping[str, Any]) -> OptionsT:
+    """The sampler settings of a recipe as options of their kind.
+
+    Raises:
+        DataError: a setting is unknown, of the wrong type or out of range; the message names all that are.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}" for problem in error.errors()
+        )
+        raise DataError(f"the recipe's sampler settings are not usable: {problems}") from error

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
 
 from loragen_agents.content import content_folder
 from loragen_agents.errors import DataError
 from loragen_agents.language_models import DEFAULT_MODEL
+from loragen_agents.training.episodes import Part
 
 
 class _Strict(BaseModel):
@@ -39,7 +40,7 @@ class Recipe(_Strict):
     start_from: str | None = Field(None, description="a generator's folder, or 'default', whose weights to begin with")
     data: tuple[str, ...] = Field((), description="data folders, as `loragen-agents data build` writes them")
     sampler: dict[str, Any] = Field(default_factory=dict, description="settings of SamplerOptions")
-    loss_weights: dict[str, float] = Field(default_factory=dict, description="of decision, format, name, ...")
+    loss_weights: dict[Part, NonNegativeFloat] = Field(default_factory=dict, description="of the parts of a step")
     match_weight: float = Field(0.5, ge=0)
     first_layer: int = Field(0, ge=0, description="edge layers below get no LoRA weights")
     max_tokens: int = Field(2048, ge=32, description="longer samples are left out")

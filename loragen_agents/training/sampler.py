@@ -267,7 +267,7 @@ class RegistrySampler:
         form: InputFormat,
         rng: random.Random,
     ) -> Sample | None:
-        kind: Kind = weighted(self.options.kinds, rng)  # type: ignore[assignment]
+        kind = weighted(self.options.kinds, rng)
         if kind == "chat":
             request, answer = wording.small_talk(rng)
             return Sample(self._with_history(Turn(request), rows, views, form, rng), answer, kind, "chat")

@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from loragen_agents.sharing import shared_renderer
 from loragen_agents.training.data import DataSet, load_data
 from loragen_agents.training.episode_model import EpisodeModel, Rates, TokenizedEpisode, tokenize_episode
 from loragen_agents.training.gpt4tools_episodes import EpisodeSource, gpt4tools_samplers
-from loragen_agents.training.options import NameMode, SamplerOptions
+from loragen_agents.training.options import NameMode, SamplerOptions, checked_options
 from loragen_agents.training.recipe import Recipe
 from loragen_agents.training.sampler import RegistrySampler
 
@@ -179,10 +179,7 @@ def train(
         raise DataError(f"{folder} holds no checkpoint to go on from: start the run without --resume")
     if data is None and not recipe.data:
         raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
-    sampler: EpisodeSource
-    samplers = gpt4tools_samplers(recipe.data, recipe.sampler, recipe.seed) if data is None else None
-    if data is None and samplers is None:
-        data = load_data(*recipe.data)
+    sampler, dev_samplers = _samplers(recipe, data)
     set_seed(recipe.seed)
     edge = load_language_model(recipe.edge, dtype=recipe.dtype)
     cloud = edge if recipe.cloud == recipe.edge else load_language_model(recipe.cloud, dtype=recipe.dtype)
@@ -196,12 +193,6 @@ def train(
         first_layer=recipe.first_layer,
         batch_tokens=recipe.batch_tokens,
     )
-    if samplers is not None:
-        sampler, dev_samplers = samplers
-    else:
-        assert data is not None
-        sampler = RegistrySampler(data, seed=recipe.seed, options=sampler_options(recipe.sampler))
-        dev_samplers = _dev_samplers(data, recipe)
     if last is None and recipe.start_from is None:
         model.set_background(
             [tokenize_episode(renderer, sampler.episode(n), max_tokens=recipe.max_tokens) for n in _BACKGROUND]
@@ -283,17 +274,13 @@ def _take_over(generator: LoRAGenerator, folder: str | Path) -> None:
             tensor.copy_(tensors[name])
 
 
-def sampler_options(settings: dict[str, Any]) -> SamplerOptions:
-    """The sampler settings of a recipe; raises DataError for an unknown one."""
-    known = {field.name for field in fields(SamplerOptions)}
-    unknown = sorted(settings.keys() - known)
-    if unknown:
-        raise DataError(f"the recipe's sampler settings name unknown options: {', '.join(unknown)}")
-    values: dict[str, Any] = {
-        name: tuple(tuple(v) if isinstance(v, list) else v for v in value) if isinstance(value, list) else value
-        for name, value in settings.items()
-    }
-    return SamplerOptions(**values)
+def _samplers(recipe: Recipe, data: DataSet | None) -> tuple[EpisodeSource, dict[str, EpisodeSource]]:
+    """The training sampler of a recipe, and those of its evaluations by their kind of names."""
+    if data is None and (samplers := gpt4tools_samplers(recipe.data, recipe.sampler, recipe.seed)) is not None:
+        return samplers
+    options = checked_options(SamplerOptions, recipe.sampler)
+    data = data or load_data(*recipe.data)
+    return RegistrySampler(data, seed=recipe.seed, options=options), _dev_samplers(data, recipe)
 
 
 def _dev_samplers(data: DataSet, recipe: Recipe) -> dict[str, EpisodeSource]:

@@ -9,15 +9,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from loragen_agents.registry import InputFormat, Tool
 from loragen_agents.training import augment
 from loragen_agents.training.data import Call, ToolRecord
 from loragen_agents.training.episodes import GoldCall
-from loragen_agents.training.options import Choices, SamplerOptions
+from loragen_agents.training.options import SamplerOptions
 
 _CSV_TYPES = frozenset({"null", "boolean", "integer", "number", "string"})
+ChoiceT = TypeVar("ChoiceT")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class View:
         return GoldCall(self.tool.name, named)
 
 
-def weighted(choices: Choices, rng: random.Random) -> str:
+def weighted(choices: Mapping[ChoiceT, float], rng: random.Random) -> ChoiceT:
     """Draw a key by its weight."""
     return rng.choices(list(choices), list(choices.values()))[0]
 

@@ -14,6 +14,7 @@ from loragen_agents.react import Answer, ToolStep, parse_step
 from loragen_agents.training.episodes import GoldCall, target_text
 from loragen_agents.training.gpt4tools import GPT4ToolsSample
 from loragen_agents.training.gpt4tools_episodes import GPT4ToolsSampler, gpt4tools_samplers
+from loragen_agents.training.options import GPT4ToolsOptions
 from loragen_agents.training.recipe import Recipe
 
 ROWS = mini_rows("train")
@@ -26,7 +27,7 @@ def test_an_episode_is_a_function_of_its_number() -> None:
 
 
 def test_what_is_drawn_parses_back_to_the_gold_step() -> None:
-    sampler = GPT4ToolsSampler(ROWS, tools=(4, 10), answered=0.25, invented=0.5)
+    sampler = GPT4ToolsSampler(ROWS, options=GPT4ToolsOptions(tools=(4, 10), answered=0.25, invented=0.5))
     due, invented = Counter[str | None](), 0
     for number in range(150):
         episode = sampler.episode(number)
@@ -73,7 +74,7 @@ def test_outputs_of_several_steps_become_samples() -> None:
     kinds = Counter(
         (sample.kind, len(sample.turns[-1].steps))
         for number in range(30)
-        for sample in GPT4ToolsSampler([row, both], invented=1.0).episode(number).samples
+        for sample in GPT4ToolsSampler([row, both], options=GPT4ToolsOptions(invented=1.0)).episode(number).samples
     )
     assert set(kinds) == {("call", 0), ("next_call", 1), ("final_answer", 2)}
 
@@ -88,8 +89,8 @@ def test_recipes_name_their_data(tmp_path: Path) -> None:
     assert gpt4tools_samplers([str(tmp_path)], {}, 0) is None
     with pytest.raises(DataError, match="can't be mixed"):
         gpt4tools_samplers(["gpt4tools-mini", str(tmp_path)], {}, 0)
-    with pytest.raises(DataError, match="'csv'"):
-        gpt4tools_samplers(["gpt4tools-mini"], {"csv": 1.0}, 0)
+    with pytest.raises(DataError, match=r"tools.1: field required; csv: unexpected"):
+        gpt4tools_samplers(["gpt4tools-mini"], {"csv": 1.0, "tools": [4]}, 0)
     path.write_text(json.dumps([]), encoding="utf-8")
     with pytest.raises(DataError, match="no row for the dev split"):
         gpt4tools_samplers([str(path)], {}, 0)

@@ -18,10 +18,11 @@ from loragen_agents.training.data import Call, CallRecord, DataSet, Split, ToolR
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
 from loragen_agents.training.episodes import GoldCall
 from loragen_agents.training.gpt4tools_episodes import gpt4tools_samplers
+from loragen_agents.training.options import SamplerOptions, checked_options
 from loragen_agents.training.packing import batches
 from loragen_agents.training.recipe import Recipe
 from loragen_agents.training.sampler import RegistrySampler
-from loragen_agents.training.trainer import sampler_options, train
+from loragen_agents.training.trainer import train
 from tests.tiny_models import save_tiny_model
 
 THINGS = ["weather", "money", "music", "letters", "photos", "trains", "recipes", "plants"]
@@ -96,7 +97,7 @@ def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
     model = load_language_model(edge, dtype="float32")
     generator = LoRAGenerator(GeneratorConfig(**GENERATOR), None, model)
     learner = EpisodeModel(generator, shared_renderer(model.tokenizer))
-    sampler = RegistrySampler(data(), options=sampler_options({"csv": 0.0, "tools": [[4, 6, 1.0]]}))
+    sampler = RegistrySampler(data(), options=SamplerOptions(csv=0.0, tools=((4, 6, 1.0),)))
     episode = tokenize_episode(shared_renderer(model.tokenizer), sampler.episode(1))
     learner.set_background([episode])
     learner.train()
@@ -117,7 +118,9 @@ def test_the_match_learns_what_serves_a_request_and_what_a_request_gives(edge):
     model = load_language_model(edge, dtype="float32")
     renderer = shared_renderer(model.tokenizer)
     learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), renderer)
-    options = sampler_options({"tools": [[2, 3, 1.0]], "kinds": {"call": 0.6, "unserved": 0.4}, "history": 0.0})
+    options = checked_options(
+        SamplerOptions, {"tools": [[2, 3, 1.0]], "kinds": {"call": 0.6, "unserved": 0.4}, "history": 0.0}
+    )
     drawn = RegistrySampler(data(), options=options).episode(0)
     assert {sample.kind for sample in drawn.samples} == {"call", "unserved"}
     episode = tokenize_episode(renderer, drawn)
@@ -204,10 +207,13 @@ def test_a_trained_generator_loads_for_its_model(edge, tmp_path):
     ("changes", "said"),
     [
         ({"generator": {"experts": 8}}, "experts"),
-        ({"sampler": {"tool": 3}}, "tool"),
+        ({"sampler": {"tool": 3}}, "tool: unexpected"),
+        ({"sampler": {"other_sources": {"sgd": 0.3}}}, "other_sources: input should be a valid number"),
+        ({"sampler": {"csv": 20}}, "csv: input should be less than or equal to 1"),
+        ({"sampler": {"names": {"invent": 1.0}}}, "names.invent.*'invented'"),
     ],
 )
-def test_unknown_settings_are_named(edge, tmp_path, changes, said):
+def test_settings_that_cannot_be_used_are_named(edge, tmp_path, changes, said):
     with pytest.raises(DataError, match=said):
         train(recipe(edge, **changes), tmp_path, data=data())
 
@@ -237,7 +243,7 @@ def test_the_recipes_that_ship_are_valid():
         GeneratorConfig.from_dict(recipe.generator)
         first = file.read_text().splitlines()[0]
         if gpt4tools_samplers(recipe.data, recipe.sampler, recipe.seed) is None:
-            sampler_options(recipe.sampler)
+            checked_options(SamplerOptions, recipe.sampler)
             assert first.startswith("#") and f"train {file.stem} --data" in first
         else:  # their data is shipped
             assert first == f"# loragen-agents train {file.stem}"
