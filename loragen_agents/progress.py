@@ -74,6 +74,7 @@ def _terminal() -> Iterator[Progress]:
         rich_progress.BarColumn(bar_width=24),
         rich_progress.TaskProgressColumn(),
         rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
         console=messages,
         transient=True,
     )

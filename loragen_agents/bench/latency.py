@@ -6,17 +6,21 @@ an `Engine` runs the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from loragen_agents.bench import plots
 from loragen_agents.bench.costs import TurnCost, row_cost
-from loragen_agents.bench.report import Cells
+from loragen_agents.bench.launch import BenchEngine
+from loragen_agents.bench.report import Cells, markdown_table, missing_lines
+from loragen_agents.bench.results import RunFolder, library_versions, machine
 from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE, Row
 from loragen_agents.bench.runner import Engine
 from loragen_agents.errors import DataError
+from loragen_agents.files import replacing
 from loragen_agents.prompting import Turn
 from loragen_agents.registry import Tool, ToolRegistry
 
@@ -73,6 +77,7 @@ def measure(
     counts: Sequence[int] = TOOL_COUNTS,
     repeats: int = 5,
     turn_tokens: int = 32,
+    done: Collection[tuple[str, int]] = (),
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[Point]:
     """Time every row at every registry size.
@@ -80,38 +85,131 @@ def measure(
     Args:
         repeats: turns timed for a point, after one that warms up.
         turn_tokens: output length for which a turn's time is given.
+        done: (row, tools) of points that are there already.
 
     Raises:
         DataError: the pool has fewer tools than the largest count.
     """
     if max(counts) > len(pool):
         raise DataError(f"{max(counts)} tools were asked for, but there are {len(pool)}; give a larger registry.")
-    total, finished = len(counts) * len(rows), 0
-    for count in counts:
-        registry = ToolRegistry(pool[:count])
-        for row in rows:
-            if progress:
-                progress(f"{row.name}, {count} tools", finished / total)
-            session = engine.open(row, registry, "")
-            turns: list[TurnCost] = []
-            for repeat in range(repeats + 1):
-                request = REQUESTS[repeat % len(REQUESTS)]
-                turns.append(session.write([Turn(request)]).cost)
-            setup = [session.setup_seconds] if session.setup_seconds is not None else []
-            cost = row_cost(
-                turns, setup, model_bytes=0, kv_bytes=0, equal_tokens=turn_tokens, reference_prompt_tokens=None
-            )
-            finished += 1
-            if cost is None or cost.first_token_ms is None or cost.equal_turn_ms is None:
-                raise DataError(f"Row {row.name}: the model wrote one token at most, so a turn can't be timed.")
-            yield Point(
-                row.name,
-                count,
-                cost.prompt_tokens,
-                cost.first_token_ms.median,
-                cost.equal_turn_ms,
-                cost.setup_ms.median if cost.setup_ms else None,
-            )
+    places = [(count, row) for count in counts for row in rows if (row.name, count) not in done]
+    # A point takes about as long as its registry is large, and then what every point takes.
+    total = sum(_weight(count) for count, _ in places)
+    finished = 0
+    for count, row in places:
+        if progress:
+            progress(f"{row.name}, {count} tools", finished / total)
+        session = engine.open(row, ToolRegistry(pool[:count]), "")
+        turns: list[TurnCost] = []
+        for repeat in range(repeats + 1):
+            request = REQUESTS[repeat % len(REQUESTS)]
+            turns.append(session.write([Turn(request)]).cost)
+        setup = [session.setup_seconds] if session.setup_seconds is not None else []
+        cost = row_cost(turns, setup, model_bytes=0, kv_bytes=0, equal_tokens=turn_tokens, reference_prompt_tokens=None)
+        finished += _weight(count)
+        if cost is None or cost.first_token_ms is None or cost.equal_turn_ms is None:
+            raise DataError(f"Row {row.name}: the model wrote one token at most, so a turn can't be timed.")
+        yield Point(
+            row.name,
+            count,
+            cost.prompt_tokens,
+            cost.first_token_ms.median,
+            cost.equal_turn_ms,
+            cost.setup_ms.median if cost.setup_ms else None,
+        )
+
+
+def _weight(count: int) -> int:
+    return 8 + count
+
+
+def launch(
+    engine: BenchEngine,
+    rows: Sequence[Row],
+    pool: Sequence[Tool],
+    *,
+    counts: Sequence[int],
+    repeats: int,
+    turn_tokens: int,
+    out: Path | None,
+    resume: bool,
+    command: str,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Time what is not in `out` yet and give the results document; after Ctrl-C it holds what was timed until then.
+
+    `out` gets a line for every point as it is done (`points.jsonl`), and `results.json`, `report.md` and plots at the
+    end.
+
+    Raises:
+        DataError: none of the rows has weights, the pool is too small, or `out` can't take the run (see `RunFolder`).
+    """
+    missing = engine.missing(rows)
+    runnable = [row for row in rows if row.name not in missing]
+    if not runnable:
+        raise DataError(f"No row can run: {'; '.join(f'{name}: {how}' for name, how in missing.items())}.")
+    header = {
+        "task": {"name": "latency", "tools": ToolRegistry(pool).fingerprint},
+        "counts": list(counts),
+        "repeats": repeats,
+        "turn_tokens": turn_tokens,
+        **engine.describe(runnable),
+        "versions": library_versions(),
+        "machine": machine(),
+    }
+    names = frozenset(field.name for field in fields(Point))
+    folder = RunFolder(out, header, resume=resume, file="points.jsonl", fields=names)
+    complete = False
+    try:
+        with suppress(KeyboardInterrupt):
+            done = {(record["row"], record["tools"]) for record in folder.records}
+            for point in measure(
+                engine,
+                runnable,
+                pool,
+                counts=counts,
+                repeats=repeats,
+                turn_tokens=turn_tokens,
+                done=done,
+                progress=progress,
+            ):
+                folder.add(asdict(point))
+            complete = True
+    finally:
+        folder.close()
+    results = {
+        "command": command,
+        "complete": complete,
+        **folder.header,
+        "missing_rows": missing,
+        "points": folder.records,
+    }
+    folder.write_results(results)
+    if out is not None:
+        _write_report(out, results)
+    return results
+
+
+def points_of(results: Mapping[str, Any]) -> list[Point]:
+    """The points of a results document."""
+    return [Point(**record) for record in results["points"]]
+
+
+def _write_report(folder: Path, results: Mapping[str, Any]) -> None:
+    points, turn_tokens = points_of(results), results["turn_tokens"]
+    drawn = draw(points, turn_tokens, folder)
+    lines = [
+        "# Latency against the number of tools",
+        "",
+        f"Command: `{results['command']}`",
+        "",
+        *missing_lines(results),
+        *markdown_table(*latency_table(points, turn_tokens)),
+        "",
+        *(f"![{path.name}]({path.name})" for path in drawn),
+    ]
+    with replacing(folder / "report.md") as temporary:
+        temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def latency_table(points: Sequence[Point], turn_tokens: int) -> tuple[list[str], Cells]:
@@ -141,8 +239,3 @@ def draw(points: Sequence[Point], turn_tokens: int, folder: Path) -> list[Path]:
         path = plots.latency_lines(series, label, "Latency against the number of tools", folder / f"latency_{key}.png")
         drawn += [path] if path else []
     return drawn
-
-
-def plain_points(points: Sequence[Point]) -> list[Mapping[str, Any]]:
-    """The points as JSON values."""
-    return [asdict(point) for point in points]

@@ -1,6 +1,6 @@
 """What a run leaves behind: one line a prediction as it goes, and a summary of all of them.
 
-`RunFolder` keeps `predictions.jsonl` and `results.json`; a run that was cut off goes on from the lines that are there.
+`RunFolder` keeps the records and `results.json`; a run that was cut off goes on from the lines that are there.
 `summarize` turns records into the summary. Knows nothing of models; a record is a plain dict.
 """
 
@@ -25,22 +25,33 @@ from loragen_agents.files import replacing
 
 Record = dict[str, Any]
 _FORMAT = 1
+_FIELDS = frozenset({"row", "id", "scores", "cost"})
 _PACKAGES = ("loragen-agents", "torch", "transformers", "peft", "llguidance", "tokenizers", "safetensors", "numpy")
 
 
 class RunFolder:
     """The folder of one run.
 
-    path: where `predictions.jsonl` and `results.json` go; None keeps records in memory only.
-    header: everything that decides the scores; a folder with another header is not mixed with.
+    path: where the records and `results.json` go; None keeps records in memory only.
+    header: everything that decides the records; a folder with another header is not mixed with.
     resume: go on from the records that are there; else the folder must hold none.
+    file: the records' file, one JSON object a line.
+    fields: what every record has.
 
     Raises:
         DataError: the folder holds a run and `resume` is not set, it holds none and `resume` is set, its header is
             another, or a record is damaged.
     """
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        header: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        file: str = "predictions.jsonl",
+        fields: frozenset[str] = _FIELDS,
+    ) -> None:
         self.path = path
         self.header = json.loads(json.dumps(header))
         self.records: list[Record] = []
@@ -50,24 +61,24 @@ class RunFolder:
                 raise DataError("--resume needs --out: it goes on from what that folder holds.")
             return
         path.mkdir(parents=True, exist_ok=True)
-        self._open(path, resume)
+        self._open(path / file, path / "run.json", resume, fields)
 
-    def _open(self, path: Path, resume: bool) -> None:
-        predictions, header_file = path / "predictions.jsonl", path / "run.json"
+    def _open(self, records: Path, header_file: Path, resume: bool, fields: frozenset[str]) -> None:
+        path = records.parent
         if resume:
             if not header_file.exists():
                 raise DataError(f"{path} holds no run to resume: leave --resume out, or name the folder of the run.")
             self._check_header(header_file)
-            self.records = read_records(predictions, cut_off=True)
+            self.records = read_records(records, cut_off=True, fields=fields)
             # What was cut off in the middle of a line goes, or the next record would be glued to it.
-            with replacing(predictions) as temporary:
+            with replacing(records) as temporary:
                 temporary.write_text("".join(map(_line, self.records)), encoding="utf-8")
         elif header_file.exists():
             raise DataError(f"{path} holds a run already: add --resume to go on with it, or name another folder.")
         else:
             with replacing(header_file) as temporary:
                 temporary.write_text(_dumps(self.header), encoding="utf-8")
-        self._file = predictions.open("a", encoding="utf-8")
+        self._file = records.open("a", encoding="utf-8")
 
     def _check_header(self, header_file: Path) -> None:
         try:
@@ -104,10 +115,11 @@ class RunFolder:
                 temporary.write_text(_dumps(results), encoding="utf-8")
 
 
-def read_records(path: Path, *, cut_off: bool = False) -> list[Record]:
-    """The records of a `predictions.jsonl`.
+def read_records(path: Path, *, cut_off: bool = False, fields: frozenset[str] = _FIELDS) -> list[Record]:
+    """The records of a run.
 
     cut_off: whether a last line without an end is passed over, as a kill leaves it.
+    fields: what every record must have.
 
     Raises:
         DataError: the file is missing or a row is damaged; the message names it.
@@ -125,8 +137,8 @@ def read_records(path: Path, *, cut_off: bool = False) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not {"row", "id", "scores", "cost"} <= record.keys():
-                raise ValueError("expected an object with row, id, scores and cost")
+            if not isinstance(record, dict) or not fields <= record.keys():
+                raise ValueError(f"expected an object with {', '.join(sorted(fields))}")
         except ValueError as error:
             raise DataError(f"{path}, row {number}, is damaged: {error}.") from error
         records.append(record)

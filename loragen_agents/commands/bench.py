@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--counts", type=int, nargs="+", metavar="N", help="registry sizes (default: 1 2 4 ... 64)")
     latency.add_argument("--repeats", type=int, default=5, metavar="N", help="turns timed for a point (default: 5)")
     latency.add_argument("--turn-tokens", type=int, default=32, metavar="N", help="length of a turn (default: 32)")
-    latency.add_argument("--out", type=Path, metavar="FOLDER", help="folder for latency.json, latency.md and plots")
+    latency.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, report and plots")
+    latency.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     _add_model_arguments(latency)
 
     compare = actions.add_parser("compare", help="two results side by side, sample by sample")
@@ -154,10 +155,10 @@ def _calls(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> int:
-    from loragen_agents.bench import plots, report
+    from loragen_agents.bench import report
     from loragen_agents.bench.launch import launch
     from loragen_agents.bench.rows import DEFAULT_ROWS, rows_from_names
-    from loragen_agents.console import print_json, say
+    from loragen_agents.console import print_json
 
     rows = rows_from_names(arguments.rows.split(",") if arguments.rows else DEFAULT_ROWS)
     document = launch(
@@ -172,78 +173,55 @@ def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> 
         print_json(document)
     else:
         _show(report.render(document))
-        if not document["complete"]:
-            where = f" `--out {arguments.out} --resume` goes on." if arguments.out else ""
-            say(f"Stopped early; the figures are over what was scored.{where}")
-        elif arguments.out:
-            say(f"Results, predictions and report are in {arguments.out}.")
-            if hint := plots.hint():
-                say(hint)
+        _say_how_it_ended(document, arguments.out)
     return 0 if document["complete"] else _INTERRUPTED
 
 
-def _latency(arguments: argparse.Namespace) -> int:
-    import json
+def _say_how_it_ended(document: dict[str, Any], out: Path | None) -> None:
+    from loragen_agents.bench import plots
+    from loragen_agents.console import say
 
-    from loragen_agents.bench import latency, plots
-    from loragen_agents.bench.report import markdown_table, text_table
-    from loragen_agents.bench.results import library_versions, machine
+    if not document["complete"]:
+        where = f" `--out {out} --resume` goes on." if out else ""
+        say(f"Stopped early; the figures are over what was run.{where}")
+    elif out:
+        say(f"Results and report are in {out}.")
+        if hint := plots.hint():
+            say(hint)
+
+
+def _latency(arguments: argparse.Namespace) -> int:
+    from loragen_agents.bench import latency
+    from loragen_agents.bench.report import text_table
     from loragen_agents.bench.rows import rows_from_names
-    from loragen_agents.console import print_json, say
+    from loragen_agents.console import print_json
     from loragen_agents.content import content_folder
-    from loragen_agents.files import replacing
     from loragen_agents.progress import shown, silent
     from loragen_agents.registry import ToolRegistry
 
     engine = _engine(arguments, "latency", max(arguments.turn_tokens, 8))
-    rows = rows_from_names(latency.LATENCY_ROWS)
     paths = arguments.tools or sorted(content_folder("tools").glob("*.yaml"))
     counts = arguments.counts or latency.TOOL_COUNTS
-    pool = latency.tool_pool([ToolRegistry.from_yaml(path) for path in paths], max(counts))
     with shown(silent if arguments.json else None) as progress:
-        points = list(
-            latency.measure(
-                engine,
-                rows,
-                pool,
-                counts=counts,
-                repeats=arguments.repeats,
-                turn_tokens=arguments.turn_tokens,
-                progress=progress,
-            )
+        document = latency.launch(
+            engine,
+            rows_from_names(latency.LATENCY_ROWS),
+            latency.tool_pool([ToolRegistry.from_yaml(path) for path in paths], max(counts)),
+            counts=counts,
+            repeats=arguments.repeats,
+            turn_tokens=arguments.turn_tokens,
+            out=arguments.out,
+            resume=arguments.resume,
+            command=shlex.join(["loragen-agents", *sys.argv[1:]]),
+            progress=progress,
         )
-    document: dict[str, Any] = {
-        "command": shlex.join(["loragen-agents", *sys.argv[1:]]),
-        "turn_tokens": arguments.turn_tokens,
-        "repeats": arguments.repeats,
-        **engine.describe(rows),
-        "versions": library_versions(),
-        "machine": machine(),
-        "points": latency.plain_points(points),
-    }
-    table = latency.latency_table(points, arguments.turn_tokens)
-    if arguments.out:
-        drawn = latency.draw(points, arguments.turn_tokens, arguments.out)
-        text = "\n".join(
-            [
-                "# Latency against the number of tools",
-                "",
-                f"Command: `{document['command']}`",
-                "",
-                *markdown_table(*table),
-                *(f"![{path.name}]({path.name})" for path in drawn),
-            ]
-        )
-        for name, content in (("latency.json", json.dumps(document, indent=2)), ("latency.md", text)):
-            with replacing(arguments.out / name) as temporary:
-                temporary.write_text(content.rstrip() + "\n", encoding="utf-8")
     if arguments.json:
         print_json(document)
-        return 0
-    _show(text_table("Latency against the number of tools", *table))
-    if arguments.out and (hint := plots.hint()):
-        say(hint)
-    return 0
+    else:
+        table = latency.latency_table(latency.points_of(document), arguments.turn_tokens)
+        _show(text_table("Latency against the number of tools", *table))
+        _say_how_it_ended(document, arguments.out)
+    return 0 if document["complete"] else _INTERRUPTED
 
 
 def _compare(arguments: argparse.Namespace) -> int:

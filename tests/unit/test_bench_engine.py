@@ -201,4 +201,6 @@ def test_latency_command(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     for row in rows[:2]:  # the user turn does not grow with the registry
         assert tokens[row, 1] == tokens[row, 4]
     assert tokens["definitions", 4] > tokens["definitions", 1]
-    assert (tmp_path / "latency.md").exists()
+    assert "| definitions | 4 |" in (tmp_path / "report.md").read_text()
+    assert main([*command, "--weights", f"lora-gen={folders['generator']}", "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["points"] == points

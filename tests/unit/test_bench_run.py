@@ -15,6 +15,7 @@ from loragen_agents.bench.costs import PeakMemory, TurnCost, break_even_turns, k
 from loragen_agents.bench.display import LiveTable
 from loragen_agents.bench.gpt4tools_task import mini_registry, mini_task, score_sample
 from loragen_agents.bench.latency import draw, latency_table, measure, tool_pool
+from loragen_agents.bench.latency import launch as launch_latency
 from loragen_agents.bench.report import markdown, render, write_report
 from loragen_agents.bench.results import RunFolder, read_records, read_results, results_document, summarize
 from loragen_agents.bench.rows import DEFAULT_ROWS, Row, row_from_name, rows_from_names
@@ -56,6 +57,18 @@ class FakeEngine:
     def open(self, row: Row, registry: ToolRegistry, system_text: str) -> FakeSession:
         self.opened += 1
         return FakeSession(self, row, 100 * len(registry))
+
+    def missing(self, rows: Sequence[Row]) -> dict[str, str]:
+        return {}
+
+    def describe(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {"rows_run": [row.name for row in rows]}
+
+    def shape(self, row: Row) -> tuple[int, int]:
+        return 0, 0
+
+    def output_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
 
 
 def run(task: Task, folder: RunFolder, rows: Sequence[Row], stop_after: int | None = None) -> dict[str, Any]:
@@ -325,3 +338,24 @@ def test_latency_series(tmp_path: Path) -> None:
     assert len(draw(points, 21, tmp_path)) == (0 if plots.hint() else 2)
     with pytest.raises(DataError, match="50 tools were asked for"):
         next(measure(FakeEngine(), ROWS, pool, counts=(50,)))
+
+
+def test_a_latency_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    pool = tool_pool([mini_registry("seen")], 4)
+
+    def run_latency(engine: FakeEngine, resume: bool, repeats: int = 1) -> dict[str, Any]:
+        return launch_latency(
+            engine, ROWS, pool, counts=(1, 4), repeats=repeats, turn_tokens=21, out=tmp_path, resume=resume, command="x"
+        )
+
+    stopped = run_latency(FakeEngine(stop_after=6), False)
+    assert not stopped["complete"]
+    assert [(point["row"], point["tools"]) for point in stopped["points"]] == [("definitions", 1), ("lora-gen", 1)]
+    assert "| lora-gen | 1 |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(DataError, match="other settings \\(repeats\\)"):
+        run_latency(FakeEngine(), True, repeats=3)
+    engine = FakeEngine()
+    whole = run_latency(engine, True)
+    assert whole["complete"] and len(whole["points"]) == 4 and engine.opened == 2
+    assert whole["points"][:2] == stopped["points"]
+    assert json.loads((tmp_path / "results.json").read_text()) == whole
