@@ -44,6 +44,7 @@ __all__ = [
     "bind_arguments",
     "format_action_input",
     "parse_step",
+    "tool_step_head",
     "tool_step_text",
 ]
 
@@ -114,9 +115,14 @@ class AnswerDelta:
 StepEvent = ActionKnown | InputDelta | AnswerDelta
 
 
+def tool_step_head(action: str) -> str:
+    """What follows `THOUGHT_QUESTION` where a tool is called, up to its input."""
+    return f"{USE_TOOL}{ACTION} {action}{ACTION_INPUT}"
+
+
 def tool_step_text(action: str, action_input: str) -> str:
     """What follows `THOUGHT_QUESTION` where a tool is called, up to the tool's report."""
-    return f"{USE_TOOL}{ACTION} {action}{ACTION_INPUT} {action_input}{OBSERVATION_STOP}"
+    return f"{tool_step_head(action)} {action_input}{OBSERVATION_STOP}"
 
 
 def answer_text(answer: str) -> str:

@@ -277,16 +277,14 @@ class Decoder:
         states: list[Snapshot | None] = []
         lengths: list[int] = []
         for prompt, behind in zip(prompts, forced or [()] * len(prompts), strict=True):
+            known: tuple[Snapshot | None, int] = head, shared
             if isinstance(prompt, ReadPrompt):
-                found: tuple[Snapshot | None, int] = prompt.states, len(prompt.token_ids)
-            else:
-                found = self.prefixes.find(prompt[:-1])
-                found = (head, shared) if found[1] < shared else found
-            if behind:
-                further = self.prefixes.find([*_tokens(prompt), *behind][:-1])
-                found = further if further[1] > found[1] else found
-            states.append(found[0])
-            lengths.append(found[1])
+                known = prompt.states, len(prompt.token_ids)
+            if behind or not isinstance(prompt, ReadPrompt):
+                found = self.prefixes.find([*_tokens(prompt), *behind][:-1])
+                known = found if found[1] > known[1] else known
+            states.append(known[0])
+            lengths.append(known[1])
         cache = KVCache(len(prompts), max([*map(len, map(_tokens, prompts)), *lengths]) + room)
         cache.fill(states, lengths)
         return cache, lengths

@@ -14,7 +14,7 @@ import torch
 
 from loragen_agents.edge.decoding import Decoder, ReadPrompt
 from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
+from loragen_agents.react import ACTION, NO_TOOL, USE_TOOL, tool_step_head
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.tool_match import ToolMatch
 
@@ -153,7 +153,7 @@ class ToolScorer:
         index = self._registry.names.index(tool)
         if not self._match.matches_arguments(index):
             return {}
-        step = self._renderer.encode_text(f"{_CALL} {tool}{ACTION_INPUT}")
+        step = self._renderer.encode_text(tool_step_head(tool))
         activations = self.read([*prompt, *step]).activations
         if activations is None:
             return {}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from loragen_agents.generator.tool_memory import PieceKind, ToolReading
 from loragen_agents.language_models import gated_ffn_layers
 from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
+from loragen_agents.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL, tool_step_head
 from loragen_agents.registry import InputFormat, Tool
 
 _OPENING = ' {"'
@@ -117,7 +117,7 @@ def argument_texts(renderer: PromptRenderer, tool: Tool) -> list[list[int]]:
     `Please find flights. Airline: the airline's name`, where the schema describes the argument.
     """
     purpose = description_as_request(tool)[:_MAX_PURPOSE].rstrip(". ")
-    step = renderer.encode_text(f"{USE_TOOL}{ACTION} {tool.name}{ACTION_INPUT}")
+    step = renderer.encode_text(tool_step_head(tool.name))
     rows = []
     for name in tool.argument_names[:MAX_ARGUMENTS]:
         schema = tool.parameters["properties"][name]
