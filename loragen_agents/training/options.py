@@ -163,7 +163,9 @@ def checked_options(kind: type[OptionsT], settings: Mapping[str, Any]) -> Option
     try:
         return TypeAdapter(kind).validate_python(dict(settings))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}" for problem in error.errors()
-        )
-        raise DataError(f"the recipe's sampler settings are not usable: {problems}") from error
+        raise DataError(f"the recipe's sampler settings are not usable: {problems_in_words(error)}") from error
+
+
+def problems_in_words(error: ValidationError) -> str:
+    """What pydantic found wrong: `steps: input should be greater than 0; rate: extra inputs are not permitted`."""
+    return "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}" for problem in error.errors())

@@ -10,6 +10,7 @@ from loragen_agents.content import content_folder
 from loragen_agents.errors import DataError
 from loragen_agents.language_models import DEFAULT_MODEL
 from loragen_agents.training.episodes import Part
+from loragen_agents.training.options import problems_in_words
 
 
 class _Strict(BaseModel):
@@ -79,10 +80,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            where = "; ".join(
-                f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}" for problem in error.errors()
-            )
-            raise DataError(f"{path}: {where}") from error
+            raise DataError(f"{path}: {problems_in_words(error)}") from error
 
 
 def recipe_file(name: str | Path) -> Path:
