@@ -71,23 +71,19 @@ class ModelSession:
             decoder.prefixes.clear()
         prompt = self._prompt(turns)
         with self._memory.measure():
-            started = time.perf_counter()
             if self._scorer is None:
                 grammar = self.model.grammar() if self.row.grammar else None
                 (completion,) = decoder.generate([prompt], self._sampling, grammar)
-                waited, cached = 0.0, completion.cached_tokens
             else:
-                read = self._scorer.read(prompt)
-                tools = self._scorer(read, opening=not turns[-1].steps)
-                grammar = self.model.grammar(tools.chosen or "none")
-                waited, cached = time.perf_counter() - started, read.cached_tokens
-                (completion,) = decoder.generate([read], self._sampling, grammar)
+                scored = self.model.score(prompt, opening=not turns[-1].steps, scorer=self._scorer)
+                (completion,) = decoder.generate([scored.read], self._sampling, scored.grammar)
+                completion = scored.completed(completion)
         cost = TurnCost(
             completion.prompt_tokens,
-            cached,
+            completion.cached_tokens,
             len(completion.token_ids),
-            waited + completion.first_token_seconds,
-            waited + completion.seconds,
+            completion.first_token_seconds,
+            completion.seconds,
             self._memory.bytes,
         )
         return Written(self._prompt_text(turns), completion.text, completion.finish_reason, cost)
@@ -135,6 +131,7 @@ class _RowPrompts:
     def __init__(self, session: ModelSession) -> None:
         self.user_turn = session._prompt
         self.encode_text = session.model.renderer.encode_text
+        self.encode_with_starts = session.model.renderer.encode_with_starts
 
 
 class ModelEngine:

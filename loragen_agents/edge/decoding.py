@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loragen_agents.edge.forward import Forward, Layout, Runtime, Taps
+from loragen_agents.edge.forward import Forward, Layout, Runtime
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore, Snapshot
 from loragen_agents.edge.sampling import Sampling, pick
@@ -180,7 +181,6 @@ class Decoder:
             done |= {place: row.completion() for place, row in zip(places, run.sequences, strict=True)}
         return [done[place] for place in range(len(prompts))]
 
-    @torch.inference_mode()
     def read(self, prompt: Sequence[int], *, pin: bool = False, taps: Sequence[int] = ()) -> ReadPrompt:
         """Read a prompt without generating.
 
@@ -190,16 +190,56 @@ class Decoder:
         Raises:
             PromptError: as `stream`.
         """
-        self._room(prompt)
+        return self.read_parts([prompt], pin=pin, taps=taps)[0]
+
+    @torch.inference_mode()
+    def read_parts(
+        self,
+        parts: Sequence[Sequence[int]],
+        *,
+        behind: ReadPrompt | None = None,
+        pin: bool = False,
+        taps: Sequence[int] = (),
+    ) -> list[ReadPrompt]:
+        """Read tokens in one pass, and give what was read up to the end of each part, from the first part on.
+
+        behind: a prompt that was read before and that the parts follow.
+        pin, taps, errors: as `read`.
+        """
+        before = () if behind is None else behind.token_ids
+        ends = list(accumulate(map(len, parts), initial=len(before)))[1:]
+        tokens = [*before, *chain.from_iterable(parts)]
+        self._room(tokens[: ends[0]])
+        self._room(tokens)
         forward = self._forward()
-        cache, (cached,) = self._opened(forward, [prompt], room=0)
-        wanted: Taps = dict.fromkeys(taps) if forward.taps else {}
-        (logits,) = _feed(forward, cache, [list(prompt[cached:])], self.model.device, taps=wanted)
+        if behind is None:
+            cache, (known,) = self._opened(forward, [parts[0]], room=ends[-1] - ends[0])
+        else:
+            cache, known = KVCache(1, len(tokens)), len(before)
+            cache.fill([behind.states], [known])
+        # What is asked for stands in the last pass, whatever its width; before it, passes are bounded.
+        early = known + (ends[0] - 1 - known) // _CHUNK * _CHUNK
+        if early > known:
+            _feed(forward, cache, [tokens[known:early]], self.model.device)
+        device, wanted = self.model.device, dict.fromkeys(taps) if forward.taps else {}
+        keep = torch.tensor([[end - 1 - early for end in ends]], device=device)
+        logits = forward(torch.tensor([tokens[early:]], device=device), cache, keep, taps=wanted)[0]
+        cache.advance([len(tokens) - early])
         states = cache.snapshot(0)
-        self.prefixes.add(prompt, states, pinned=pin)
-        assert logits is not None
-        found = [activations[0, 0] for activations in wanted.values() if activations is not None]
-        return ReadPrompt(tuple(prompt), states, logits.clone(), cached, torch.stack(found) if found else None)
+        self.prefixes.add(tokens, states, pinned=pin)
+        tapped = [activations[0] for activations in wanted.values() if activations is not None]
+        activations = torch.stack(tapped, dim=1) if tapped else None  # (parts, layers, intermediate size)
+        cached = known if behind is None else behind.cached_tokens
+        return [
+            ReadPrompt(
+                tuple(tokens[:end]),
+                states.first(end),
+                logits[place],
+                cached,
+                None if activations is None else activations[place],
+            )
+            for place, end in enumerate(ends)
+        ]
 
     @torch.inference_mode()
     def score(self, prompt: Sequence[int] | ReadPrompt, continuations: Sequence[Sequence[int]]) -> list[float]:
@@ -487,7 +527,6 @@ def _feed(
     tokens: Sequence[Sequence[int]],
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
-    taps: Taps | None = None,
 ) -> list[Tensor | None]:
     """Feed each row its tokens, in passes of at most `_CHUNK`; return the logits (vocabulary,) behind each row's last.
 
@@ -502,7 +541,7 @@ def _feed(
         width = max(counts)
         ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=device)
         keep = torch.tensor([[max(0, count - 1)] for count in counts], device=device)
-        result = forward(ids, cache, keep, taps=taps)
+        result = forward(ids, cache, keep)
         cache.advance(counts)
         for row, count in enumerate(counts):
             if count and begin + count == len(tokens[row]):

@@ -139,6 +139,10 @@ class Snapshot:
         """In bytes."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def first(self, tokens: int) -> "Snapshot":
+        """A view of the first tokens."""
+        return Snapshot(tuple(layer[:, :, :, :tokens] for layer in self.layers))
+
 
 @dataclass(frozen=True, eq=False)
 class _Entry:

@@ -88,7 +88,7 @@ class SpecializedLM:
             return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
             return StepCompletionStream(self.decoder.stream(prompt, sampling, self.grammar(tool_choice), cancel))
-        scored = self._score(prompt, tool_choice, opening=not turns[-1].steps)
+        scored = self.score(prompt, tool_choice, opening=not turns[-1].steps)
         return StepCompletionStream(self.decoder.stream(scored.read, sampling, scored.grammar, cancel), scored)
 
     def generate(
@@ -109,7 +109,7 @@ class SpecializedLM:
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
             return self.decoder.generate(prompts, sampling, self.grammar(tool_choice), cancel)
         scored = [
-            self._score(prompt, tool_choice, opening=not turns[-1].steps)
+            self.score(prompt, tool_choice, opening=not turns[-1].steps)
             for prompt, turns in zip(prompts, conversations, strict=True)
         ]
         reads, grammars = [one.read for one in scored], [one.grammar for one in scored]
@@ -126,19 +126,33 @@ class SpecializedLM:
             return len(self.registry) > 1 or self.match is not None
         return self.match is not None and tool_choice in self.registry
 
-    def _score(self, prompt: Sequence[int], tool_choice: ToolChoice, *, opening: bool) -> "_Scored":
-        """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen."""
-        started = time.perf_counter()
-        read = self.scorer.read(prompt)
-        tools = self.scorer(read, opening=opening) if tool_choice in ("auto", "any") else None
-        chosen = tool_choice if tools is None else tools.best if tool_choice == "any" else tools.chosen
-        grammar = self.grammar("none") if chosen is None else self._call_grammar(read, chosen)
-        return _Scored(read, grammar, tools, time.perf_counter() - started)
+    def score(
+        self,
+        prompt: Sequence[int],
+        tool_choice: ToolChoice = "auto",
+        *,
+        opening: bool,
+        scorer: ToolScorer | None = None,
+    ) -> "ScoredPrompt":
+        """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen.
 
-    def _call_grammar(self, read: ReadPrompt, tool: str) -> ToolGrammar:
+        prompt: ends in `THOUGHT_QUESTION`. opening: whether no step was taken in the open turn yet.
+        scorer: in place of the model's own.
+        """
+        started = time.perf_counter()
+        scorer = scorer or self.scorer
+        if tool_choice in ("auto", "any"):
+            request = scorer.read(prompt)
+            tools = scorer(request, opening=opening)
+            chosen = tools.best if tool_choice == "any" else tools.chosen
+        else:
+            request, tools, chosen = scorer.read(prompt, tool_choice), None, tool_choice
+        given = {} if chosen is None else scorer.arguments(request, chosen)
+        grammar = self.grammar("none") if chosen is None else self._call_grammar(chosen, given, scorer.weights.sure)
+        return ScoredPrompt(request.prompt, grammar, tools, time.perf_counter() - started)
+
+    def _call_grammar(self, tool: str, given: dict[str, float], sure: float) -> ToolGrammar:
         """The grammar of a call of one tool: with the arguments that the request surely gives, without the others."""
-        sure = self.scorer.weights.sure
-        given = self.scorer.arguments(read.token_ids, tool)
         needed = {name for name, probability in given.items() if probability >= sure}
         left_out = {name for name, probability in given.items() if 1 - probability > sure}
         held = self.registry[tool].with_arguments(needed, left_out)
@@ -168,7 +182,7 @@ class SpecializedLM:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class ScoredPrompt:
     """A prompt that was read and whose tool is chosen; seconds: what that took. tools: None where it was given."""
 
     read: ReadPrompt
@@ -192,7 +206,7 @@ class StepCompletionStream(CompletionStream):
     tools: where the tool was chosen by scoring all of them, the probabilities that it was chosen by, else None.
     """
 
-    def __init__(self, stream: CompletionStream, scored: _Scored | None = None) -> None:
+    def __init__(self, stream: CompletionStream, scored: ScoredPrompt | None = None) -> None:
         super().__init__(stream._run)
         self._scored = scored
         self.tools = scored.tools if scored is not None else None

@@ -1,6 +1,6 @@
 """Which tool a request calls for, and which of its optional arguments the request gives.
 
-All names are scored in one batch behind `Action:`, and the tools are matched by state, as are arguments.
+Names are scored behind `Action:`, and the tools are matched by state, as are arguments.
 
 It costs no prompt tokens and gives a probability for every tool, and for calling none. What a request looks like inside
 the model (see `ToolMatch`) and what the model would write are two witnesses; how much each counts is in
@@ -8,7 +8,7 @@ the model (see `ToolMatch`) and what the model would write are two witnesses; ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,9 @@ from loragen_agents.tool_match import ToolMatch
 NEUTRAL_REQUESTS = ("", "Hello!", "Please help me.")
 
 _CALL = USE_TOOL + ACTION
+# Tools whose names, were they as likely as their first tokens, would still be less likely than the best by so many nats
+# are not read to the end: at most 1 in 8,000 is what each of them can amount to.
+_MARGIN = 9.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,24 @@ class ToolProbabilities:
         return self.best if self.calls_tool >= 0.5 else None
 
 
+@dataclass(eq=False)
+class ReadRequest:
+    """A prompt that was read for scoring.
+
+    prompt: up to `THOUGHT_QUESTION`. called: on to `Action:`; None where the tool is given. steps: of tools whose step
+    was read, on to `Action Input:`.
+    """
+
+    prompt: ReadPrompt
+    called: ReadPrompt | None
+    steps: dict[str, ReadPrompt] = field(default_factory=dict)
+
+
 class ToolScorer:
     """Scores the tools of one registry with the decoder of its specialised model. Safe to use from several threads.
+
+    A request mostly takes two passes: the prompt with the beginning of a call, and the step of the tool whose name
+    begins most likely. Other names are read where they could still be as likely.
 
     match: of the same specialisation; without it, and for models that are not run leanly, what the model would write
         decides alone.
@@ -95,9 +114,15 @@ class ToolScorer:
         self._match = None if match is None else match.to(decoder.model.device)
         self._call = renderer.encode_text(_CALL)
         self._yes, self._no = (renderer.encode_text(text)[0] for text in (USE_TOOL, NO_TOOL))
-        # The token behind a name tells "find" from "find_all".
+        self._steps: dict[str, list[int]] = {}
+        self._names: list[list[int]] = []
         head = len(self._call)
-        self._names = [renderer.encode_text(f"{_CALL} {name}\n")[head:] for name in registry.names]
+        for name in registry.names:
+            ids, starts = renderer.encode_with_starts(tool_step_head(name))
+            self._steps[name] = ids[head:]
+            # The token behind a name tells "find" from "find_all".
+            behind = len(f"{_CALL} {name}")
+            self._names.append([token for token, start in zip(ids, starts, strict=True) if start <= behind][head:])
         self._priors = list(priors) if priors is not None else None
 
     @property
@@ -105,25 +130,30 @@ class ToolScorer:
         """Mean log-probability of each name behind neutral requests, in the registry's order."""
         if self._priors is None:
             prompts = [self._renderer.user_turn([Turn(request)]) for request in NEUTRAL_REQUESTS]
-            scores = [self._decoder.score(self._called(prompt), self._names) for prompt in prompts]
+            scores = [self._decoder.score([*prompt, *self._call], self._names) for prompt in prompts]
             self._priors = torch.tensor(scores).mean(dim=0).tolist()
         return self._priors
 
-    def read(self, prompt: Sequence[int]) -> ReadPrompt:
-        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
-        return self._decoder.read(prompt, taps=self._match.layers if self._match is not None else ())
+    def read(self, prompt: Sequence[int], tool: str | None = None) -> ReadRequest:
+        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it.
+
+        tool: the one that will be called, where that is known.
+        """
+        further = self._call if tool is None else [*self._call, *self._steps[tool]]
+        read, behind = self._decoder.read_parts([prompt, further], taps=self._taps)
+        return ReadRequest(read, behind) if tool is None else ReadRequest(read, None, {tool: behind})
 
     @torch.no_grad()
-    def __call__(self, prompt: ReadPrompt, *, opening: bool = True) -> ToolProbabilities:
-        """Probabilities behind a prompt that `read` gave.
+    def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
+        """Probabilities behind a request that `read` gave, without a tool.
 
         opening: whether no step was taken in the open turn yet.
         """
-        weights = self.weights
+        assert request.called is not None
+        prompt, called, weights = request.prompt, request.called, self.weights
         yes_no = prompt.logits[[self._yes, self._no]].float()
         odds = (yes_no[0] - yes_no[1]).item()
-        called = self._called(prompt.token_ids)
-        scores = torch.tensor(self._decoder.score(called, self._names))
+        scores = torch.zeros(len(self._registry))
         if weights.prior:
             scores -= weights.prior * torch.tensor(self.priors)
         if self._match is not None and called.activations is not None:
@@ -137,29 +167,57 @@ class ToolScorer:
                 if len(self._registry) > 1:
                     matched += named.max().item() - weights.floor
                 odds += weights.decision * (matched - odds) + weights.bias
-        tools: list[float] = scores.softmax(dim=0).tolist()
+        tools: list[float] = self._with_names(request, scores).softmax(dim=0).tolist()
         return ToolProbabilities(
             torch.tensor(odds).sigmoid().item(), dict(zip(self._registry.names, tools, strict=True))
         )
 
-    @torch.no_grad()
-    def arguments(self, prompt: Sequence[int], tool: str) -> dict[str, float]:
-        """Probability that each optional argument of `tool` is given behind a prompt; empty where nothing is matched.
+    def _with_names(self, request: ReadRequest, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with the log-probabilities of the names added, of hopeless ones with that of their first token."""
+        assert request.called is not None
+        first = request.called.logits.float().log_softmax(dim=-1).cpu()
+        bounds = scores + first[[name[0] for name in self._names]]
+        likely = int(bounds.argmax())
+        totals = bounds.clone()
+        totals[likely] = scores[likely] + self._read_name(request, likely)
+        within = bounds > totals[likely] - _MARGIN
+        within[likely] = False
+        if within.any():
+            places = within.nonzero().flatten().tolist()
+            names = self._decoder.score(request.called, [self._names[place] for place in places])
+            totals[places] = scores[places] + torch.tensor(names)
+        return totals
 
-        prompt: ends in `THOUGHT_QUESTION`.
-        """
+    def _read_name(self, request: ReadRequest, place: int) -> float:
+        """Read the step of the tool at this place; return its name's log-probability."""
+        assert request.called is not None
+        tool, tokens = self._registry.names[place], self._names[place]
+        step = self._steps[tool]
+        parts = [[token] for token in step[: len(tokens) - 1]] + [step[len(tokens) - 1 :]]
+        reads = self._decoder.read_parts(parts, behind=request.called, taps=self._taps)
+        request.steps[tool] = reads[-1]
+        before = [request.called, *reads[:-1]]
+        scores = torch.stack([read.logits for read in before]).float().log_softmax(dim=-1)
+        return scores[range(len(tokens)), tokens].sum().item()
+
+    @torch.no_grad()
+    def arguments(self, request: ReadRequest, tool: str) -> dict[str, float]:
+        """Probability that each optional argument of `tool` is given; empty where nothing is matched."""
         if self._match is None or self.weights.sure >= 1:
             return {}
         index = self._registry.names.index(tool)
         if not self._match.matches_arguments(index):
             return {}
-        step = self._renderer.encode_text(tool_step_head(tool))
-        activations = self.read([*prompt, *step]).activations
+        if tool not in request.steps:
+            step = [*self._call, *self._steps[tool]]
+            (request.steps[tool],) = self._decoder.read_parts([step], behind=request.prompt, taps=self._taps)
+        activations = request.steps[tool].activations
         if activations is None:
             return {}
         probabilities = self._match.given(index, activations[:, None])[0].sigmoid().tolist()
         named = zip(self._registry[tool].argument_names, probabilities, strict=False)
         return {name: p for name, p in named if name not in self._registry[tool].required}
 
-    def _called(self, prompt: Sequence[int]) -> ReadPrompt:
-        return self.read([*prompt, *self._call])
+    @property
+    def _taps(self) -> tuple[int, ...]:
+        return self._match.layers if self._match is not None else ()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,31 @@ def test_a_read_prompt_can_be_continued_any_number_of_times(llama: Decoder) -> N
         assert completion.cached_tokens == completion.prompt_tokens == len(PROMPTS[0])
     mixed = decoder.generate([PROMPTS[3], read, PROMPTS[1]], Sampling(max_tokens=8))
     assert [c.token_ids for c in mixed] == [reference(llama.model, p, 8) for p in (PROMPTS[3], PROMPTS[0], PROMPTS[1])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_a_prompt_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Also behind a prompt that was read, with a beginning that is known, and with passes shorter than the parts."""
+    monkeypatch.setattr("loragen_agents.edge.decoding._CHUNK", 4)
+    model = family_model(family)
+    decoder = Decoder(model, TOKENIZER)
+    parts = [PROMPTS[3], [7], [8, 9], PROMPTS[0]]
+    layers = (0, 1)
+    wholes = accumulate(parts, lambda before, part: [*before, *part])
+    one_by_one = [Decoder(model, TOKENIZER).read(whole, taps=layers) for whole in wholes]
+    decoder.read([*PROMPTS[3][:3], 60])
+    first, *others = decoder.read_parts(parts[:2], taps=layers)
+    assert first.cached_tokens == min(3, len(PROMPTS[3]) - 1)
+    read = [first, *others, *decoder.read_parts(parts[2:], behind=others[-1], taps=layers)]
+    for found, expected in zip(read, one_by_one, strict=True):
+        assert found.token_ids == expected.token_ids
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        assert (found.activations is None) == (expected.activations is None)
+        if expected.activations is not None:
+            torch.testing.assert_close(found.activations, expected.activations, atol=1e-4, rtol=1e-4)
+        decoder.prefixes.clear()
+        (completion,) = decoder.generate([found], Sampling(max_tokens=6))
+        assert list(completion.token_ids) == list(reference(model, list(found.token_ids), 6))
 
 
 def test_impossible_prompts_are_refused(llama: Decoder) -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loragen_agents.edge import decoding
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ChoiceWeights, ToolScorer
@@ -49,7 +48,7 @@ def test_priors_are_mean_scores_behind_requests_that_call_for_nothing(special):
 def test_probabilities_are_scores_less_the_share_of_priors(special, weight):
     prompt = special.renderer.user_turn(TURNS)
     scorer = ToolScorer(special.decoder, special.renderer, special.registry, weights=ChoiceWeights(prior=weight))
-    found = scorer(special.decoder.read(prompt))
+    found = scorer(scorer.read(prompt))
     scores = torch.tensor(name_scores(special, TURNS[0].request))
     expected = (scores - weight * torch.tensor(scorer.priors)).softmax(0)
     torch.testing.assert_close(torch.tensor(list(found.tools.values())), expected, atol=1e-3, rtol=1e-3)
@@ -66,7 +65,7 @@ def test_priors_that_are_given_are_not_worked_out_again(special):
         weights=ChoiceWeights(prior=1.0),
         priors=[0.0, -1e3, 1e3, 0.0],
     )
-    assert scorer(special.decoder.read(special.renderer.user_turn(TURNS))).best == "find_all"
+    assert scorer(scorer.read(special.renderer.user_turn(TURNS))).best == "find_all"
 
 
 def matching(special: SpecializedLM, request: str, tool: str, threshold: float) -> ToolMatch:
@@ -114,7 +113,7 @@ def test_a_request_is_matched_at_its_own_activations(special, tool, before):
     for _ in range(2):
         read = scorer.read(prompt)
         expected = capture_down_proj_inputs(special.model, match.layers, torch.tensor([prompt]))[:, 0, -1]
-        torch.testing.assert_close(read.activations, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.prompt.activations, expected, atol=1e-5, rtol=1e-4)
     if not before:
         found = scorer(read)
         assert found.best == tool and found.calls_tool > 0.9
@@ -175,27 +174,54 @@ def test_a_call_has_the_optional_arguments_that_its_request_is_matched_with(choo
     assert (stream.tools is None) == (tool_choice == "ruler")
 
 
+def passes(special: SpecializedLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(tokens read, logits asked for) of every pass from here on."""
+    found: list[tuple[int, int]] = []
+    forward = special.decoder._forward()
+
+    class Counted:
+        taps = forward.taps
+
+        def __call__(self, ids, cache, keep, layout=None, taps=None):
+            found.append((ids.shape[1], keep.shape[1]))
+            return forward(ids, cache, keep, layout, taps)
+
+    monkeypatch.setattr(special.decoder, "_forward", Counted)
+    return found
+
+
 def test_a_call_is_decoded_from_where_its_arguments_were_matched(choosing, monkeypatch):
-    """The tool's name and `Action Input:` were read to match the arguments; none of it is read again."""
+    """With the tool given, all up to `Action Input:` is one pass, and none of it is read again."""
     match = with_arguments(choosing, TURNS[0].request, {"object"})
     special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
-    fed: list[int] = []
-    whole = decoding._feed
-
-    def counted(forward, cache, tokens, *rest, **settings):
-        fed.extend(map(len, tokens))
-        return whole(forward, cache, tokens, *rest, **settings)
-
-    monkeypatch.setattr(decoding, "_feed", counted)
+    counted = passes(special, monkeypatch)
     "".join(special.stream(TURNS, Sampling(max_tokens=60), tool_choice="ruler"))
     prompt, step = special.renderer.user_turn(TURNS), special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
-    assert fed[:2] == [len(prompt), len(step)] and fed[2] < len(step)
+    assert counted[0] == (len(prompt) + len(step), 2) and counted[1][0] < len(step)
+
+
+def test_names_that_cannot_win_are_not_read(choosing, monkeypatch):
+    """Two passes choose a tool whose match is far ahead; where no tool is, all names are read, in a third."""
+    prompt = choosing.renderer.user_turn(TURNS)
+    step = choosing.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
+    match = matching(choosing, TURNS[0].request, "ruler", threshold=20.0)
+    for weight, expected in ((1e3, 2), (0.0, 3)):
+        special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
+        scorer = ToolScorer(
+            special.decoder, special.renderer, special.registry, match, weights=ChoiceWeights(match=weight)
+        )
+        counted = passes(special, monkeypatch)
+        found = scorer(scorer.read(prompt))
+        assert len(counted) == expected and counted[0] == (len(prompt) + 4, 2)
+        if weight:
+            assert found.tools["ruler"] > 0.99 and counted[1][0] == len(step) - 4
 
 
 def test_what_the_match_is_not_sure_of_is_left_to_the_model(choosing):
     match = with_arguments(choosing, TURNS[0].request, {"object"})
     prompt = choosing.renderer.user_turn(TURNS)
-    found = ToolScorer(choosing.decoder, choosing.renderer, choosing.registry, match).arguments(prompt, "ruler")
+    scorer = ToolScorer(choosing.decoder, choosing.renderer, choosing.registry, match)
+    found = scorer.arguments(scorer.read(prompt, "ruler"), "ruler")
     assert found.keys() == {"precise", "object"} and found["precise"] < 0.01 and found["object"] > 0.99
     unsure = replace(match, weights=match.weights * 0, argument_threshold=torch.tensor(0.0))
     alone = ChoiceWeights(sure=0.6)
