@@ -44,6 +44,9 @@ _CACHE_LINE = 64
 # A CPU without bf16 instructions emulates products in bf16. Of one vector that costs nothing, since reading the weights
 # takes longer; of more vectors than this, it is slower than to convert the weights to float32 for each product.
 _EMULATED_ROWS = 32
+# For so many vectors at once MKL takes W·xᵀ faster than x·Wᵀ: on two cores of a Cascade Lake Xeon in 0.4 to 0.9 of the
+# time for the matrices of SmolLM2-135M, for fewer and for more of them in up to twice the time.
+_FEW_ROWS = range(4, 49)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,8 @@ class _Linear:
         weight = self._parts[0][0]
         emulated = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not cpu_computes_bf16()
         self._most_emulated = _EMULATED_ROWS if emulated else None
+        on_mkl = weight.dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkl.is_available()
+        self._few = _FEW_ROWS if on_mkl else range(0)
 
     def row(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x·Wᵀ + b for a row vector x with shape (1, in); `out` has shape (1, sum of the sizes)."""
@@ -231,8 +236,12 @@ class _Linear:
 
     def rows(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' outputs for x with shape (..., in)."""
-        most = self._most_emulated
-        product = F.linear if most is None or x.numel() <= most * x.shape[-1] else _linear_in_float32
+        count = x.numel() // x.shape[-1]
+        product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+        if self._most_emulated is not None and count > self._most_emulated:
+            product = _linear_in_float32
+        elif count in self._few:
+            product = _linear_transposed
         parts = [product(x, weight, bias) for weight, _, bias in self._parts]
         return parts[0].split(self.sizes, dim=-1) if len(parts) == 1 else tuple(parts)
 
@@ -240,6 +249,11 @@ class _Linear:
 def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same sums, rounded once at the end as in bf16 products, which also add up in float32."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _linear_transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    return (product if bias is None else product.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
 def _product(x: Tensor, transposed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

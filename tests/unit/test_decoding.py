@@ -443,6 +443,19 @@ def test_many_vectors_in_bf16_go_through_float32_where_bf16_is_emulated(monkeypa
         assert (logits[True] - logits[False]).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen"])  # without biases and with them
+@pytest.mark.parametrize("count", [3, 4, 20, 48, 49])
+def test_few_tokens_at_once_come_out_as_in_the_modules(family: str, count: int) -> None:
+    """Products are taken in another way for some numbers of tokens."""
+    model = tiny_model(family)
+    ids = torch.randint(3, len(TOKENIZER), (2, count), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for rows in (ids[:1], ids):
+            keep = torch.arange(count).expand(len(rows), -1)
+            logits = Runtime(model).bind()(rows, KVCache(len(rows)), keep)
+            torch.testing.assert_close(logits, model(rows).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_keys_and_values_must_be_of_one_size() -> None:
     cache = KVCache(1)
     cache.begin(1)
