@@ -244,15 +244,19 @@ class LoRAGenerator(nn.Module):
 
     @torch.no_grad()
     def generate_with_match(
-        self, system_prompt: str, registry: ToolRegistry | None = None
+        self, system_prompt: str, registry: ToolRegistry | None = None, *, match_arguments: bool = False
     ) -> tuple[LoRAWeights, ToolMatch | None]:
-        """As `generate`, and what requests are matched with by state; None without a tool memory or tools."""
+        """As `generate`, and what requests are matched with by state; None without a tool memory or tools.
+
+        match_arguments: whether the match has keys for optional arguments, too (see `ChoiceWeights.sure`). It takes one
+            more reading for each of them.
+        """
         if self.training:
             raise RuntimeError("the generator is in training mode; call eval() before generate()")
         weights = self._produce(self._states([system_prompt], merged=True), 1).weights[0]
         if self.tool_memory is None or not registry:
             return weights, None
-        pieces, match = self.tool_memory(registry, weights)
+        pieces, match = self.tool_memory(registry, weights, None if match_arguments else ())
         return weights.concatenate(pieces), match
 
     def encode(self, system_prompt: str) -> list[int]:

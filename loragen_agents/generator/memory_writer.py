@@ -43,7 +43,7 @@ class MemoryWriter(nn.Module):
         """The registry's pieces, and what requests are matched with.
 
         Gradients reach the memory's maps, not the weights beside which the tools are read.
-        arguments_of: names of the tools whose arguments will be matched; None for all. Used in training mode alone.
+        arguments_of: names of the tools whose arguments will be matched; None for all.
         """
         readings = self.read(registry, beside, arguments_of)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
@@ -53,7 +53,9 @@ class MemoryWriter(nn.Module):
     ) -> list[ToolReading]:
         """Read a registry's tools with the edge LM and the weights `beside` in place; arguments as in `forward`."""
         form = registry.input_format
-        keys = [tool.model_dump_json() + form for tool in registry]
+        keys = [
+            f"{tool.model_dump_json()}{form}{arguments_of is None or tool.name in arguments_of}" for tool in registry
+        ]
         with self._lock:
             kept = {key: self._kept[key] for key in keys if key in self._kept} if not self.training else {}
             missing = {key: tool for key, tool in zip(keys, registry, strict=True) if key not in kept}
@@ -66,7 +68,7 @@ class MemoryWriter(nn.Module):
                         tools,
                         self.memory.layers,
                         form,
-                        arguments_of=arguments_of if self.training else None,
+                        arguments_of=arguments_of,
                     )
                 kept.update(zip(missing, fresh, strict=True))
             if not self.training:

@@ -166,6 +166,7 @@ def choosing() -> SpecializedLM:
 def test_a_call_has_the_optional_arguments_that_its_request_is_matched_with(choosing, given, tool_choice):
     match = with_arguments(choosing, TURNS[0].request, given)
     special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
+    special.scorer.weights = ChoiceWeights(sure=0.75)
     stream = special.stream(TURNS, Sampling(max_tokens=60), tool_choice=tool_choice)
     step = parse_step("".join(stream), special.registry)
     assert isinstance(step, ToolStep) and step.arguments.keys() == {"unit", *given}
@@ -194,6 +195,7 @@ def test_a_call_is_decoded_from_where_its_arguments_were_matched(choosing, monke
     """With the tool given, all up to `Action Input:` is one pass, and none of it is read again."""
     match = with_arguments(choosing, TURNS[0].request, {"object"})
     special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
+    special.scorer.weights = ChoiceWeights(sure=0.75)
     counted = passes(special, monkeypatch)
     "".join(special.stream(TURNS, Sampling(max_tokens=60), tool_choice="ruler"))
     prompt, step = special.renderer.user_turn(TURNS), special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
@@ -220,7 +222,7 @@ def test_names_that_cannot_win_are_not_read(choosing, monkeypatch):
 def test_what_the_match_is_not_sure_of_is_left_to_the_model(choosing):
     match = with_arguments(choosing, TURNS[0].request, {"object"})
     prompt = choosing.renderer.user_turn(TURNS)
-    scorer = ToolScorer(choosing.decoder, choosing.renderer, choosing.registry, match)
+    scorer = ToolScorer(choosing.decoder, choosing.renderer, choosing.registry, match, weights=ChoiceWeights(sure=0.75))
     found = scorer.arguments(scorer.read(prompt, "ruler"), "ruler")
     assert found.keys() == {"precise", "object"} and found["precise"] < 0.01 and found["object"] > 0.99
     unsure = replace(match, weights=match.weights * 0, argument_threshold=torch.tensor(0.0))
