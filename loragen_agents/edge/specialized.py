@@ -124,7 +124,7 @@ class SpecializedLM:
             return False
         if tool_choice in ("auto", "any"):
             return len(self.registry) > 1 or self.match is not None
-        return self.match is not None and tool_choice in self.registry
+        return tool_choice in self.registry and self.scorer.matches_arguments(tool_choice)
 
     def score(
         self,

@@ -201,14 +201,18 @@ class ToolScorer:
         scores = torch.stack([read.logits for read in before]).float().log_softmax(dim=-1)
         return scores[range(len(tokens)), tokens].sum().item()
 
+    def matches_arguments(self, tool: str) -> bool:
+        """Whether there is a match for the tool's optional arguments, and it counts."""
+        if self._match is None or self.weights.sure >= 1:
+            return False
+        return self._match.matches_arguments(self._registry.names.index(tool))
+
     @torch.no_grad()
     def arguments(self, request: ReadRequest, tool: str) -> dict[str, float]:
         """Probability that each optional argument of `tool` is given; empty where nothing is matched."""
-        if self._match is None or self.weights.sure >= 1:
+        if self._match is None or not self.matches_arguments(tool):
             return {}
         index = self._registry.names.index(tool)
-        if not self._match.matches_arguments(index):
-            return {}
         if tool not in request.steps:
             step = [*self._call, *self._steps[tool]]
             (request.steps[tool],) = self._decoder.read_parts([step], behind=request.prompt, taps=self._taps)
