@@ -14,7 +14,7 @@ from typing import Any
 
 from loragen_agents.bench import plots
 from loragen_agents.bench.costs import TurnCost, row_cost
-from loragen_agents.bench.launch import BenchEngine
+from loragen_agents.bench.launch import BenchEngine, runnable_rows
 from loragen_agents.bench.report import Cells, markdown_table, missing_lines
 from loragen_agents.bench.results import RunFolder, library_versions, machine
 from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE, Row
@@ -144,10 +144,7 @@ def launch(
     Raises:
         DataError: none of the rows has weights, the pool is too small, or `out` can't take the run (see `RunFolder`).
     """
-    missing = engine.missing(rows)
-    runnable = [row for row in rows if row.name not in missing]
-    if not runnable:
-        raise DataError(f"No row can run: {'; '.join(f'{name}: {how}' for name, how in missing.items())}.")
+    runnable, missing = runnable_rows(engine, rows)
     header = {
         "task": {"name": "latency", "tools": ToolRegistry(pool).fingerprint},
         "counts": list(counts),

@@ -35,6 +35,19 @@ class BenchEngine(Engine, Protocol):
         """Lengths of continuations in tokens."""
 
 
+def runnable_rows(engine: BenchEngine, rows: Sequence[Row]) -> tuple[list[Row], dict[str, str]]:
+    """The rows that have their weights, and what to do for the others, by name.
+
+    Raises:
+        DataError: none has.
+    """
+    missing = engine.missing(rows)
+    runnable = [row for row in rows if row.name not in missing]
+    if not runnable:
+        raise DataError(f"No row can run: {'; '.join(f'{name}: {how}' for name, how in missing.items())}.")
+    return runnable, missing
+
+
 def launch(
     task: Task, rows: Sequence[Row], engine: BenchEngine, *, out: Path | None, resume: bool, command: str
 ) -> dict[str, Any]:
@@ -43,10 +56,7 @@ def launch(
     Raises:
         DataError: none of the rows has weights, or `out` can't take the run (see `RunFolder`).
     """
-    missing = engine.missing(rows)
-    runnable = [row for row in rows if row.name not in missing]
-    if not runnable:
-        raise DataError(f"No row can run: {'; '.join(f'{name}: {how}' for name, how in missing.items())}.")
+    runnable, missing = runnable_rows(engine, rows)
     lengths = sorted(engine.output_tokens([sample.gold for sample in task.samples]))
     header = {
         "task": {
