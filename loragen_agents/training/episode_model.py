@@ -129,7 +129,7 @@ class EpisodeModel(nn.Module):
         activations, readings = [], []
         for episode in episodes:
             beside = self._trained(self.generator.generate(self._renderer[0].definitions(episode.registry)))
-            readings += writer.read(episode.registry, beside)
+            readings += writer.read(episode.registry, beside, arguments_of=())
             for batch in self._batches(episode.samples, share=False):
                 kept = torch.zeros_like(batch.ids, dtype=torch.bool)
                 for row, index in enumerate(batch.rows):
