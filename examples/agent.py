@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.tools import BaseTool, StructuredTool, tool
 
 from loragen_agents import LoRAGenChatModel
-from loragen_agents.console import say
+from loragen_agents.support.console import say
 
 QUESTIONS = (
     "What is 17 * 23 + 4?",

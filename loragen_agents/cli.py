@@ -68,7 +68,7 @@ def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def _fail(arguments: argparse.Namespace, message: str, kind: str, code: int) -> int:
-    from loragen_agents.console import complain, print_json
+    from loragen_agents.support.console import complain, print_json
 
     if arguments.json:
         print_json({"error": {"type": kind, "message": message}})

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from loragen_agents.language_models import LanguageModel, load_language_model
+from loragen_agents.models.language_models import LanguageModel, load_language_model
 
 INTEGRATION = Path(__file__).parent / "integration"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import LanguageModel, load_language_model
+from loragen_agents.models.language_models import LanguageModel, load_language_model
 from tests.tiny_models import save_tiny_model
 
 

@@ -1,0 +1,1 @@
+"""The benchmarks: tasks, variants, runner, costs and report."""

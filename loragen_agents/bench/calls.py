@@ -13,14 +13,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from loragen_agents.bench.tasks import BenchSample, Task
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION
+from loragen_agents.conversation.react import Answer, InvalidStep, Step, ToolStep
+from loragen_agents.data.episodes import Sample, target_text
+from loragen_agents.data.options import NameMode, SamplerOptions
+from loragen_agents.data.records import CallRecord, DataSet, ToolRecord
+from loragen_agents.data.sampler import RegistrySampler
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import THOUGHT_QUESTION
-from loragen_agents.react import Answer, InvalidStep, Step, ToolStep
 from loragen_agents.registry import InputFormat, ToolRegistry
-from loragen_agents.training.data import CallRecord, DataSet, ToolRecord
-from loragen_agents.training.episodes import Sample, target_text
-from loragen_agents.training.options import NameMode, SamplerOptions
-from loragen_agents.training.sampler import RegistrySampler
 
 METRICS: dict[str, str] = {
     "tool": "Tool",

@@ -20,16 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from loragen_agents.console import print_json, results
-from loragen_agents.content import content_folder
+from loragen_agents.adapter.lora_weights import PROJECTIONS, LoRAWeights
+from loragen_agents.conversation.prompts import Turn
+from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Decoder, Sampling
-from loragen_agents.edge.forward import arrange_weights
 from loragen_agents.edge.grammar import ToolGrammar
-from loragen_agents.language_models import DEFAULT_MODEL, gated_ffn_layers, load_language_model
-from loragen_agents.lora_weights import PROJECTIONS, LoRAWeights
-from loragen_agents.prompting import Turn
+from loragen_agents.models.arrangement import arrange_weights
+from loragen_agents.models.clone import clone_sharing_tensors
+from loragen_agents.models.language_models import DEFAULT_MODEL, gated_ffn_layers, load_language_model
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.sharing import clone_sharing_tensors, shared_renderer
+from loragen_agents.support.console import print_json, results
+from loragen_agents.support.content import content_folder
 
 REQUEST = "Tell me everything there is to know about the sea, in as many words as you can."
 

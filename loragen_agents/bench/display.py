@@ -15,7 +15,7 @@ from rich.text import Text
 
 from loragen_agents.bench.results import Record
 from loragen_agents.bench.rows import Row
-from loragen_agents.console import messages, visible
+from loragen_agents.support.console import messages, visible
 
 
 class LiveTable:

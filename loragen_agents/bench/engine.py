@@ -14,23 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.bench.costs import PeakMemory, TurnCost, kv_cache_bytes, model_bytes
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.rows import Row
 from loragen_agents.bench.runner import Written
+from loragen_agents.conversation.prompts import PromptRenderer, Turn
+from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.edge.kv_cache import PrefixStore
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.errors import CheckpointError
-from loragen_agents.fingerprints import file_sha256
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.checkpoint import resolve
-from loragen_agents.language_models import LanguageModel, load_language_model
-from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.react import OBSERVATION_STOP
+from loragen_agents.models.fingerprints import file_sha256
+from loragen_agents.models.language_models import LanguageModel, load_language_model
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.specialization import specialize
+from loragen_agents.specialization.specialize import specialize
 
 if TYPE_CHECKING:
     from loragen_agents.edge.tool_choice import ToolScorer

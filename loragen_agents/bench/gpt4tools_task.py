@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
-from loragen_agents.bench import gpt4tools
-from loragen_agents.bench.gpt4tools_mini import MiniSample, Part, mini_samples
+from loragen_agents.bench import gpt4tools_score as gpt4tools
 from loragen_agents.bench.tasks import BenchSample, Task
-from loragen_agents.content import content_folder
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION
+from loragen_agents.conversation.react import Step
+from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools
+from loragen_agents.data.gpt4tools_mini import MiniSample, Part, mini_samples
+from loragen_agents.data.gpt4tools_mini_rows import Tools, mini_registry, mini_turns
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
-from loragen_agents.react import Step
 from loragen_agents.registry import Tool, ToolRegistry
-from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools, taken_steps, write_gpt4tools
-
-Tools = Literal["own", "all"]
 
 METRICS: dict[str, str] = {**gpt4tools.RATES, "average": "Average"}
-_RECEIVED = "Received."
 
 
 def mini_task(parts: Sequence[Part] = ("unseen",), *, tools: Tools = "own", limit: int | None = None) -> Task:
@@ -42,43 +37,6 @@ def mini_task(parts: Sequence[Part] = ("unseen",), *, tools: Tools = "own", limi
     settings = {"data": "GPT4Tools-mini", "parts": list(parts), "tools": tools, "limit": limit}
     title = f"GPT4Tools-mini, {' and '.join(parts)} tools"
     return Task("gpt4tools", title, METRICS, "average", samples, score_sample, settings)
-
-
-@lru_cache
-def mini_registry(part: Part, tools: Tools = "own") -> ToolRegistry:
-    """The registry that goes with a part of GPT4Tools-mini."""
-    own, other = ("unseen", "seen") if part == "unseen" else ("seen", "unseen")
-    registry = ToolRegistry.from_yaml(content_folder("tools") / f"gpt4tools_{own}.yaml")
-    if tools == "own":
-        return registry
-    rest = ToolRegistry.from_yaml(content_folder("tools") / f"gpt4tools_{other}.yaml")
-    # One order for both parts, so that they share one registry.
-    both = (registry, rest) if own == "seen" else (rest, registry)
-    return ToolRegistry([tool for one in both for tool in one], input_format="csv")
-
-
-def mini_turns(sample: MiniSample) -> tuple[Turn, ...]:
-    """The sample's conversation: the picture's description, if any, then the open request with its steps."""
-    opening = (Turn(sample.opening, (), _RECEIVED),) if sample.opening else ()
-    steps = tuple(TakenStep(step.action, step.action_input, step.observation) for step in sample.steps)
-    return (*opening, Turn(sample.request, steps))
-
-
-def mini_rows(part: Part) -> list[GPT4ToolsSample]:
-    """A part of GPT4Tools-mini as rows of a GPT4Tools file."""
-    registry = mini_registry(part)
-    return [
-        GPT4ToolsSample(sample.id, registry, mini_turns(sample), sample.output, taken_steps(sample.output))
-        for sample in mini_samples(part)
-    ]
-
-
-def write_mini(part: Part, folder: Path) -> tuple[Path, int]:
-    """Write a part of GPT4Tools-mini as a file in GPT4Tools' format; gives its path and the number of samples."""
-    path = folder / f"gpt4tools_mini_{part}.json"
-    rows = mini_rows(part)
-    write_gpt4tools(rows, path)
-    return path, len(rows)
 
 
 def score_sample(sample: BenchSample, generated: str, step: Step) -> dict[str, float]:

@@ -19,10 +19,10 @@ from loragen_agents.bench.report import Cells, markdown_table, missing_lines
 from loragen_agents.bench.results import RunFolder, library_versions, machine
 from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE, Row
 from loragen_agents.bench.runner import Engine
+from loragen_agents.conversation.prompts import Turn
 from loragen_agents.errors import DataError
-from loragen_agents.files import replacing
-from loragen_agents.prompting import Turn
 from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.support.files import replacing
 
 TOOL_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 # With the tool chosen, which is the default of the chat model, and without, which is all that an exported adapter does.

@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loragen_agents.console import visible
-from loragen_agents.files import replacing
+from loragen_agents.support.console import visible
+from loragen_agents.support.files import replacing
 
 Cells = list[list[str]]
 

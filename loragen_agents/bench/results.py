@@ -21,7 +21,7 @@ from loragen_agents.bench.costs import RowCost, TurnCost, break_even_turns, row_
 from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE
 from loragen_agents.bench.statistics import Mean, means
 from loragen_agents.errors import DataError
-from loragen_agents.files import replacing
+from loragen_agents.support.files import replacing
 
 Record = dict[str, Any]
 _FORMAT = 1

@@ -15,8 +15,8 @@ from loragen_agents.bench.costs import TurnCost
 from loragen_agents.bench.results import Record, RunFolder
 from loragen_agents.bench.rows import Row
 from loragen_agents.bench.tasks import BenchSample, Task, step_record
-from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
-from loragen_agents.react import OBSERVATION_STOP, Answer, parse_step
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
+from loragen_agents.conversation.react import OBSERVATION_STOP, Answer, parse_step
 from loragen_agents.registry import ToolRegistry
 
 

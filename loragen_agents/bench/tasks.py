@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loragen_agents.prompting import TakenStep, Turn
-from loragen_agents.react import Answer, Step, ToolStep
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.conversation.react import Answer, Step, ToolStep
+from loragen_agents.data.episodes import GoldCall
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.training.episodes import GoldCall
 
 # A block is what one row works on before the next row has its turn.
 BLOCK = 8

@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from loragen_agents.command_options import UNTRAINED, add_specialization_options, load_parts, read_tools
+from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_parts, read_tools
 
 NAME = "ask"
 HELP = "ask a model that is specialised on a tool registry, and show its step"
@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.call_settings import read_settings
-    from loragen_agents.console import print_json
-    from loragen_agents.progress import shown, silent
-    from loragen_agents.prompting import Turn
-    from loragen_agents.react import parse_step
-    from loragen_agents.specialization import specialize
+    from loragen_agents.chat.settings import read_settings
+    from loragen_agents.conversation.prompts import Turn
+    from loragen_agents.conversation.react import parse_step
+    from loragen_agents.specialization.specialize import specialize
+    from loragen_agents.support.console import print_json
+    from loragen_agents.support.progress import shown, silent
 
     registry = read_tools(arguments.tools)
     given = {name: getattr(arguments, name) for name in ("tool_choice", "max_tokens", "temperature", "seed")}
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(step: Any) -> dict[str, Any]:
     """A step as plain data: its kind, and what belongs to it."""
-    from loragen_agents.react import Answer, ToolStep
+    from loragen_agents.conversation.react import Answer, ToolStep
 
     if isinstance(step, ToolStep):
         return {
@@ -100,8 +100,8 @@ def describe(step: Any) -> dict[str, Any]:
 def _show(report: dict[str, Any]) -> None:
     import json
 
-    from loragen_agents.console import say
-    from loragen_agents.prompting import THOUGHT_QUESTION
+    from loragen_agents.conversation.prompts import THOUGHT_QUESTION
+    from loragen_agents.support.console import say
 
     step = report["step"]
     if step["kind"] == "tool":

@@ -121,8 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _gpt4tools(arguments: argparse.Namespace) -> int:
-    from loragen_agents.bench.gpt4tools_mini import Part
     from loragen_agents.bench.gpt4tools_task import file_task, mini_task
+    from loragen_agents.data.gpt4tools_mini import Part
 
     if arguments.data:
         task = file_task(arguments.data, tools=arguments.registry, limit=arguments.limit)
@@ -135,7 +135,7 @@ def _gpt4tools(arguments: argparse.Namespace) -> int:
 
 def _calls(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench.calls import calls_task
-    from loragen_agents.training.data import read_calls, read_tools
+    from loragen_agents.data.records import read_calls, read_tools
 
     tools = read_tools(arguments.tools)
     calls = read_calls(arguments.calls, tools)
@@ -158,7 +158,7 @@ def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> 
     from loragen_agents.bench import report
     from loragen_agents.bench.launch import launch
     from loragen_agents.bench.rows import DEFAULT_ROWS, rows_from_names
-    from loragen_agents.console import print_json
+    from loragen_agents.support.console import print_json
 
     rows = rows_from_names(arguments.rows.split(",") if arguments.rows else DEFAULT_ROWS)
     document = launch(
@@ -179,7 +179,7 @@ def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> 
 
 def _say_how_it_ended(document: dict[str, Any], out: Path | None) -> None:
     from loragen_agents.bench import plots
-    from loragen_agents.console import say
+    from loragen_agents.support.console import say
 
     if not document["complete"]:
         where = f" `--out {out} --resume` goes on." if out else ""
@@ -194,10 +194,10 @@ def _latency(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench import latency
     from loragen_agents.bench.report import text_table
     from loragen_agents.bench.rows import rows_from_names
-    from loragen_agents.console import print_json
-    from loragen_agents.content import content_folder
-    from loragen_agents.progress import shown, silent
     from loragen_agents.registry import ToolRegistry
+    from loragen_agents.support.console import print_json
+    from loragen_agents.support.content import content_folder
+    from loragen_agents.support.progress import shown, silent
 
     engine = _engine(arguments, "latency", max(arguments.turn_tokens, 8))
     paths = arguments.tools or sorted(content_folder("tools").glob("*.yaml"))
@@ -230,7 +230,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench.compare import compare, comparison_table
     from loragen_agents.bench.report import text_table
     from loragen_agents.bench.results import read_results
-    from loragen_agents.console import print_json, say
+    from loragen_agents.support.console import print_json, say
 
     comparisons = compare(arguments.a, arguments.b, row_a=arguments.row_a, row_b=arguments.row_b)
     if arguments.json:
@@ -242,9 +242,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _mini(arguments: argparse.Namespace) -> int:
-    from loragen_agents.bench.gpt4tools_mini import PARTS
-    from loragen_agents.bench.gpt4tools_task import write_mini
-    from loragen_agents.console import print_json, say
+    from loragen_agents.data.gpt4tools_mini import PARTS
+    from loragen_agents.data.gpt4tools_mini_rows import write_mini
+    from loragen_agents.support.console import print_json, say
 
     written = {part: write_mini(part, arguments.out) for part in PARTS}
     if arguments.json:
@@ -256,7 +256,7 @@ def _mini(arguments: argparse.Namespace) -> int:
 
 
 def _show(tables: Any) -> None:
-    from loragen_agents.console import results
+    from loragen_agents.support.console import results
 
     if not results.is_terminal:  # into a pipe or a file the tables go as wide as they are
         results.width = 250
@@ -267,7 +267,7 @@ def _engine(arguments: argparse.Namespace, task: str, max_tokens: int) -> "Model
     import torch
 
     from loragen_agents.bench.engine import ModelEngine
-    from loragen_agents.language_models import DEFAULT_MODEL
+    from loragen_agents.models.language_models import DEFAULT_MODEL
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loragen_agents.training.data import DataSet
+    from loragen_agents.data.records import DataSet
 
 NAME = "data"
 HELP = "build, check and look at training data"
@@ -49,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import say
+    from loragen_agents.data.described import build_described
+    from loragen_agents.data.readers import READERS
+    from loragen_agents.data.records import load_data, write_data
+    from loragen_agents.data.templates import build_computer_tools
     from loragen_agents.errors import DataError
-    from loragen_agents.training.data import load_data, write_data
-    from loragen_agents.training.described import build_described
-    from loragen_agents.training.readers import READERS
-    from loragen_agents.training.templates import build_computer_tools
+    from loragen_agents.support.console import say
 
     if arguments.source == "computer":
         data = build_computer_tools(copies=arguments.copies or 4, seed=arguments.seed)
@@ -71,7 +71,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from loragen_agents.training.data import load_data
+    from loragen_agents.data.records import load_data
 
     return _report(load_data(*arguments.folders), arguments)
 
@@ -79,7 +79,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _report(data: "DataSet", arguments: argparse.Namespace) -> int:
     from collections import Counter
 
-    from loragen_agents.console import print_json, say
+    from loragen_agents.support.console import print_json, say
 
     tools = Counter((tool.source, tool.split) for tool in data.tools.values())
     calls = Counter((record.source, record.split) for record in data.calls)
@@ -96,10 +96,10 @@ def _report(data: "DataSet", arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
-    from loragen_agents.training.data import load_data
-    from loragen_agents.training.episodes import plain_episode
-    from loragen_agents.training.sampler import RegistrySampler
+    from loragen_agents.data.episodes import plain_episode
+    from loragen_agents.data.records import load_data
+    from loragen_agents.data.sampler import RegistrySampler
+    from loragen_agents.support.console import print_json, say
 
     sampler = RegistrySampler(load_data(*arguments.folders), seed=arguments.seed, split=arguments.split)
     episodes = [plain_episode(sampler.episode(index)) for index in range(arguments.count)]

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
-    from loragen_agents.progress import shown, silent
+    from loragen_agents.support.console import print_json, say
+    from loragen_agents.support.progress import shown, silent
 
     with shown(silent if arguments.json else None) as progress:
         progress("Looking at the installation", None)
@@ -67,8 +67,8 @@ def model_speed(bandwidth: float) -> dict[str, Any]:
     import torch
     from transformers import DynamicCache
 
-    from loragen_agents.language_models import load_language_model
-    from loragen_agents.progress import silent
+    from loragen_agents.models.language_models import load_language_model
+    from loragen_agents.support.progress import silent
 
     language_model = load_language_model(progress=silent)
     model = language_model.model
@@ -116,7 +116,7 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from loragen_agents.language_models import choose_dtype
+    from loragen_agents.models.language_models import choose_dtype
 
     memory = psutil.virtual_memory()
     return {
@@ -133,14 +133,14 @@ def _machine() -> dict[str, Any]:
 
 
 def _content() -> dict[str, str]:
-    from loragen_agents.content import content_folder
+    from loragen_agents.support.content import content_folder
 
     return {name: str(content_folder(name)) for name in ("tools", "prompts", "training")}
 
 
 def _models() -> dict[str, Any]:
-    from loragen_agents.model_cache import cache_folder, find_stored, stored_conversions
-    from loragen_agents.model_sources import DEFAULT_MODEL
+    from loragen_agents.models.cache import cache_folder, find_stored, stored_conversions
+    from loragen_agents.models.sources import DEFAULT_MODEL
 
     default = find_stored(DEFAULT_MODEL)
     return {

@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
-    from loragen_agents.model_cache import cache_folder, stored_conversions
-    from loragen_agents.model_sources import DEFAULT_MODEL, KNOWN_MODELS
+    from loragen_agents.models.cache import cache_folder, stored_conversions
+    from loragen_agents.models.sources import DEFAULT_MODEL, KNOWN_MODELS
+    from loragen_agents.support.console import print_json, say
 
     stored = {(manifest.name, manifest.sha256): folder for folder, manifest in stored_conversions()}
     models: list[dict[str, Any]] = []
@@ -64,10 +64,10 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
-    from loragen_agents.model_cache import obtain_model
-    from loragen_agents.model_sources import DEFAULT_MODEL
-    from loragen_agents.progress import shown, silent
+    from loragen_agents.models.cache import obtain_model
+    from loragen_agents.models.sources import DEFAULT_MODEL
+    from loragen_agents.support.console import print_json, say
+    from loragen_agents.support.progress import shown, silent
 
     with shown(silent if arguments.json else None) as progress:
         model = obtain_model(arguments.model or DEFAULT_MODEL, progress=progress)
@@ -79,10 +79,10 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _path(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
     from loragen_agents.errors import ModelLoadError
-    from loragen_agents.model_cache import find_stored
-    from loragen_agents.model_sources import DEFAULT_MODEL
+    from loragen_agents.models.cache import find_stored
+    from loragen_agents.models.sources import DEFAULT_MODEL
+    from loragen_agents.support.console import print_json, say
 
     name = arguments.model or DEFAULT_MODEL
     folder = find_stored(name)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from loragen_agents.command_options import UNTRAINED, add_specialization_options, load_parts, read_tools
+from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_parts, read_tools
 
 NAME = "specialize"
 HELP = "turn a tool registry into LoRA weights and write them as a PEFT folder"
@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
-    from loragen_agents.language_models import gated_ffn_layers
-    from loragen_agents.progress import shown, silent
-    from loragen_agents.specialization import specialize
+    from loragen_agents.models.language_models import gated_ffn_layers
+    from loragen_agents.specialization.specialize import specialize
+    from loragen_agents.support.console import print_json, say
+    from loragen_agents.support.progress import shown, silent
 
     registry = read_tools(arguments.tools)
     with shown(silent if arguments.json else None) as progress:

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.console import print_json, say
-    from loragen_agents.progress import lines, shown, silent
+    from loragen_agents.support.console import print_json, say
+    from loragen_agents.support.progress import lines, shown, silent
     from loragen_agents.training.recipe import Recipe, recipe_file
     from loragen_agents.training.trainer import train
 

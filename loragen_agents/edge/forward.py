@@ -2,8 +2,8 @@
 
 A pass feeds each row of the cache some tokens and gives logits where they are asked for. `Runtime.bind` chooses how:
 
-- `LeanForward` for the architectures in `LEAN_ARCHITECTURES` whose modules are untouched (no hooks, no adapters). It
-  reads the modules' own weights, without a copy of any, and computes what the modules compute in fewer steps. On a CPU
+- `LeanForward` for models that are `is_lean`: known architectures whose modules are untouched (no hooks, no adapter).
+  It reads the modules' own weights, without a copy of any, and computes the same in fewer steps. On a CPU
   the many small operations between the matrix products cost as much time as half of the products.
 - `ModuleForward` for any other causal LM: transformers' forward with this package's cache and masks.
 
@@ -17,30 +17,16 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import (
-    GemmaForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-)
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from loragen_agents.cpu import cpu_computes_bf16
 from loragen_agents.edge.kv_cache import KVCache
 from loragen_agents.errors import ModelLoadError
+from loragen_agents.models.arrangement import as_one_matrix, is_lean
+from loragen_agents.models.cpu import cpu_computes_bf16
 
-LEAN_ARCHITECTURES: tuple[type[PreTrainedModel], ...] = (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Qwen2ForCausalLM,
-    GemmaForCausalLM,
-)
-# Kinds of rotary embedding whose angles depend on the position alone, so that a table of them holds.
-_FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
-_CACHE_LINE = 64
 # A CPU without bf16 instructions emulates products in bf16. Of one vector that costs nothing, since reading the weights
 # takes longer; of more vectors than this, it is slower than to convert the weights to float32 for each product.
 _EMULATED_ROWS = 32
@@ -95,7 +81,7 @@ class Runtime:
         self._tables: dict[torch.dtype, _RotaryTable] = {}
 
     def bind(self) -> Forward:
-        if not _is_lean(self.model):
+        if not is_lean(self.model):
             return ModuleForward(self.model)
         dtype = self.model.lm_head.weight.dtype
         if dtype not in self._tables:
@@ -110,73 +96,6 @@ class Runtime:
             found += module._forward_hooks.values()
             found += module._forward_pre_hooks.values()
         return found
-
-
-def _is_lean(model: PreTrainedModel) -> bool:
-    if type(model) not in LEAN_ARCHITECTURES:
-        return False
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None) if not kinds else None
-    if window is not None or kinds - {"full_attention"} or config.rope_parameters["rope_type"] not in _FIXED_ROTARY:
-        return False
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return False
-    # Wrapped or quantised layers compute something else than their weight says.
-    return all(
-        type(linear) is nn.Linear
-        for layer in model.model.layers
-        for linear in (
-            *(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj),
-            *(layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj),
-        )
-    )
-
-
-def arrange_weights(model: PreTrainedModel, base: PreTrainedModel | None = None) -> None:
-    """Arrange a lean model's matrices in memory for products with a single vector on a CPU.
-
-    Queries, keys and values, and gate and up, come to lie side by side, so that they are one product each, and no
-    matrix begins off a cache line, as they do in a mapped safetensors file. Together this saves a tenth of a token's
-    time. The parameters stay the same objects with the same values, and only their storage moves. Does nothing for
-    models that are not run leanly or not on a CPU.
-
-    base: a model whose parameters stay where they are. Others must not be in use in another thread: arrange a model
-    right after it was loaded, and a merged one, less its base, right after merging.
-    """
-    if not _is_lean(model) or model.device.type != "cpu":
-        return
-    fixed = set() if base is None else {id(parameter) for parameter in base.parameters()}
-    groups: list[tuple[Tensor, ...]] = [(model.lm_head.weight,)]
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        groups += [
-            (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
-            (attention.o_proj.weight,),
-            (mlp.gate_proj.weight, mlp.up_proj.weight),
-            (mlp.down_proj.weight,),
-        ]
-    # Tensors made in inference mode could not be trained later.
-    with torch.inference_mode(False), torch.no_grad():
-        for weights in groups:
-            arranged = _as_one(*weights) is not None and weights[0].data_ptr() % _CACHE_LINE == 0
-            if not arranged and not any(id(weight) in fixed for weight in weights):
-                joined = torch.cat([weight.detach() for weight in weights])
-                for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
-                    weight.data = part
-
-
-def _as_one(*weights: Tensor) -> Tensor | None:
-    """The matrix that the weights are, one below the other, if that is how they lie in memory."""
-    first = weights[0].detach()
-    end = first.storage_offset()
-    for weight in weights:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.dtype == first.dtype
-        if not (same and weight.is_contiguous() and weight.storage_offset() == end):
-            return None
-        end += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
 class _RotaryTable:
@@ -212,7 +131,7 @@ class _Linear:
 
     def __init__(self, *linears: Any) -> None:
         self.sizes = [linear.weight.shape[0] for linear in linears]
-        joined = _as_one(*(linear.weight for linear in linears))
+        joined = as_one_matrix(*(linear.weight for linear in linears))
         biased = linears[0].bias is not None
         if joined is not None:
             bias = torch.cat([linear.bias.detach() for linear in linears]) if biased else None

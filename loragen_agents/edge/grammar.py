@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from loragen_agents import json_schema
-from loragen_agents.arguments import is_free_text
+from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.errors import GrammarError
-from loragen_agents.react import OBSERVATION_STOP
-from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.registry import Tool, ToolRegistry, json_schema
+from loragen_agents.registry.arguments import is_free_text
 
 ToolChoice = Literal["auto", "any", "none"] | str
 

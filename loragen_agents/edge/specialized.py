@@ -13,18 +13,19 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.conversation.prompts import Turn
+from loragen_agents.conversation.react import OBSERVATION_STOP
+from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
-from loragen_agents.edge.forward import arrange_weights
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import ToolProbabilities, ToolScorer
-from loragen_agents.language_models import LanguageModel
-from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import Turn
-from loragen_agents.react import OBSERVATION_STOP
+from loragen_agents.models.arrangement import arrange_weights
+from loragen_agents.models.clone import clone_sharing_tensors
+from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.sharing import clone_sharing_tensors, shared_renderer
-from loragen_agents.tool_match import ToolMatch
 
 
 class SpecializedLM:

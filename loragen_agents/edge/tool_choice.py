@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.conversation.prompts import PromptRenderer, Turn
+from loragen_agents.conversation.react import ACTION, NO_TOOL, USE_TOOL, tool_step_head
 from loragen_agents.edge.decoding import Decoder, ReadPrompt
-from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.react import ACTION, NO_TOOL, USE_TOOL, tool_step_head
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.tool_match import ToolMatch
 
 NEUTRAL_REQUESTS = ("", "Hello!", "Please help me.")
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loragen_agents.errors import CheckpointError
-from loragen_agents.files import read_json_object, replacing
-from loragen_agents.fingerprints import file_sha256
-from loragen_agents.language_models import LanguageModel
+from loragen_agents.models.fingerprints import file_sha256
+from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.support.files import read_json_object, replacing
 
 FORMAT, VERSION = "loragen-agents generator", 4
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "default"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loragen_agents.errors import ModelLoadError
-from loragen_agents.language_models import PROJECTIONS, gated_ffn_layers
+from loragen_agents.models.language_models import PROJECTIONS, gated_ffn_layers
 
 # projection -> (A with shape (registries, layers, r, in), B with shape (registries, layers, out, r))
 LayerMatrices = dict[str, tuple[Tensor, Tensor]]

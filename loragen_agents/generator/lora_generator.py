@@ -12,6 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.conversation.prompts import PromptRenderer
+from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator.checkpoint import (
     Description,
@@ -27,12 +31,8 @@ from loragen_agents.generator.memory_writer import MemoryWriter
 from loragen_agents.generator.meta_tokens import MetaTokens
 from loragen_agents.generator.router import Router, gumbel_top_k, keep_top_k, load_loss
 from loragen_agents.generator.tool_memory import ToolMemory
-from loragen_agents.language_models import LanguageModel
-from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import PromptRenderer
+from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.sharing import shared_renderer
-from loragen_agents.tool_match import ToolMatch
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from threading import Lock
 import torch
 from torch import nn
 
+from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.generator.tool_memory import ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import read_tools
-from loragen_agents.language_models import LanguageModel
-from loragen_agents.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.models.clone import clone_sharing_tensors
+from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.sharing import clone_sharing_tensors, shared_renderer
-from loragen_agents.tool_match import ToolMatch
 
 
 class MemoryWriter(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loragen_agents.errors import ModelLoadError, PromptError
-from loragen_agents.sharing import clone_sharing_tensors
+from loragen_agents.models.clone import clone_sharing_tensors
 
 TARGETS = ("q_proj", "v_proj")
 

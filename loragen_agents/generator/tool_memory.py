@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loragen_agents.tool_match import ToolMatch
+from loragen_agents.adapter.tool_match import ToolMatch
 
 
 class PieceKind(IntEnum):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loragen_agents.conversation.prompts import PromptRenderer, Turn
+from loragen_agents.conversation.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL, tool_step_head
 from loragen_agents.generator.tool_memory import PieceKind, ToolReading
-from loragen_agents.language_models import gated_ffn_layers
-from loragen_agents.prompting import PromptRenderer, Turn
-from loragen_agents.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL, tool_step_head
+from loragen_agents.models.language_models import gated_ffn_layers
 from loragen_agents.registry import InputFormat, Tool
 
 _OPENING = ' {"'

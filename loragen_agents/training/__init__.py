@@ -1,0 +1,1 @@
+"""The trainer: recipes, the episode model and its batches."""

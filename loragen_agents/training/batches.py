@@ -5,8 +5,8 @@ Knows tokenizers and episodes, no model and no loss.
 
 from dataclasses import dataclass
 
-from loragen_agents.prompting import PromptRenderer
-from loragen_agents.training.episodes import Episode, Part, Sample, target_parts
+from loragen_agents.conversation.prompts import PromptRenderer
+from loragen_agents.data.episodes import Episode, Part, Sample, target_parts
 
 PARTS: tuple[Part, ...] = ("decision", "format", "name", "arguments", "answer")
 

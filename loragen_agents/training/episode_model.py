@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.conversation.prompts import PromptRenderer
+from loragen_agents.data.episodes import Episode, Part
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.tool_reading import capture_down_proj_inputs, down_proj_inputs
-from loragen_agents.lora_weights import LoRAWeights, apply_lora
-from loragen_agents.prompting import PromptRenderer
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.tool_match import ToolMatch
 from loragen_agents.training.batches import PARTS, TokenizedSample, tokenize_sample
-from loragen_agents.training.episodes import Episode, Part
 from loragen_agents.training.packing import Batch, batches
 
 PromptKind = Literal["user_turn", "full_react"]

@@ -6,11 +6,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
 
-from loragen_agents.content import content_folder
+from loragen_agents.data.episodes import Part
+from loragen_agents.data.options import problems_in_words
 from loragen_agents.errors import DataError
-from loragen_agents.language_models import DEFAULT_MODEL
-from loragen_agents.training.episodes import Part
-from loragen_agents.training.options import problems_in_words
+from loragen_agents.models.language_models import DEFAULT_MODEL
+from loragen_agents.support.content import content_folder
 
 
 class _Strict(BaseModel):

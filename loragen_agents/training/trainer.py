@@ -34,18 +34,18 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.data.gpt4tools_episodes import EpisodeSource, gpt4tools_samplers
+from loragen_agents.data.options import NameMode, SamplerOptions, checked_options
+from loragen_agents.data.records import DataSet, load_data
+from loragen_agents.data.sampler import RegistrySampler
 from loragen_agents.errors import DataError
-from loragen_agents.files import replacing
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import load_language_model
-from loragen_agents.progress import Progress, silent
-from loragen_agents.sharing import shared_renderer
-from loragen_agents.training.data import DataSet, load_data
+from loragen_agents.models.language_models import load_language_model
+from loragen_agents.support.files import replacing
+from loragen_agents.support.progress import Progress, silent
 from loragen_agents.training.episode_model import EpisodeModel, Rates, TokenizedEpisode, tokenize_episode
-from loragen_agents.training.gpt4tools_episodes import EpisodeSource, gpt4tools_samplers
-from loragen_agents.training.options import NameMode, SamplerOptions, checked_options
 from loragen_agents.training.recipe import Recipe
-from loragen_agents.training.sampler import RegistrySampler
 
 logger = logging.getLogger(__name__)
 

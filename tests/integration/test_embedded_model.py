@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from loragen_agents import cli
-from loragen_agents.language_models import DEFAULT_MODEL, LanguageModel, gated_ffn_layers, load_language_model
-from loragen_agents.model_cache import obtain_model
-from loragen_agents.progress import silent
+from loragen_agents.models.cache import obtain_model
+from loragen_agents.models.language_models import DEFAULT_MODEL, LanguageModel, gated_ffn_layers, load_language_model
+from loragen_agents.support.progress import silent
 
 
 def test_its_weights_are_those_that_generators_are_trained_for(embedded_model: LanguageModel) -> None:

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import LanguageModel, gated_ffn_layers, load_language_model
-from loragen_agents.lora_weights import LoRAWeights
+from loragen_agents.models.language_models import LanguageModel, gated_ffn_layers, load_language_model
 
 pytestmark = pytest.mark.integration
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from loragen_agents.content import content_folder
-from loragen_agents.language_models import load_language_model
-from loragen_agents.prompting import PromptRenderer, TakenStep, Turn, TurnMarkers
+from loragen_agents.conversation.prompts import PromptRenderer, TakenStep, Turn, TurnMarkers
+from loragen_agents.models.language_models import load_language_model
 from loragen_agents.registry import ToolRegistry
+from loragen_agents.support.content import content_folder
 
 pytestmark = pytest.mark.integration
 

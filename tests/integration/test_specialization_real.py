@@ -5,10 +5,10 @@ import time
 import pytest
 
 from loragen_agents import ToolRegistry
-from loragen_agents.content import content_folder
-from loragen_agents.prompting import Turn
-from loragen_agents.react import ToolStep, parse_step
-from loragen_agents.specialization import forget_specializations, shared_generator, specialize
+from loragen_agents.conversation.prompts import Turn
+from loragen_agents.conversation.react import ToolStep, parse_step
+from loragen_agents.specialization.specialize import forget_specializations, shared_generator, specialize
+from loragen_agents.support.content import content_folder
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from loragen_agents.content import content_folder
+from loragen_agents.conversation.prompts import Turn
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import LanguageModel, load_language_model
-from loragen_agents.prompting import Turn
+from loragen_agents.models.language_models import LanguageModel, load_language_model
 from loragen_agents.registry import ToolRegistry
+from loragen_agents.support.content import content_folder
 
 pytestmark = pytest.mark.integration
 

@@ -72,7 +72,7 @@ def test_it_runs_from_another_folder(interpreter: Path, tmp_path: Path) -> None:
         assert folder.is_relative_to(interpreter.parents[1]) and files_of(folder) == files_of(CHECKOUT / content)
     code = """
 from loragen_agents import ToolRegistry
-from loragen_agents.content import content_folder
+from loragen_agents.support.content import content_folder
 print(len(ToolRegistry.from_yaml(content_folder("tools") / "gpt4tools_seen.yaml")))
 """
     assert subprocess.check_output([interpreter, "-c", code], cwd=tmp_path, text=True) == "21\n"

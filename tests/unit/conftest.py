@@ -1,6 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+# The models here are tiny, and tests run side by side (`pytest -n`): more threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen_agents.arguments import bind_arguments, format_action_input
 from loragen_agents.errors import ArgumentError
 from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.registry.arguments import bind_arguments, format_action_input
 
 TEXT = {"type": "string"}
 INTEGER = {"type": "integer"}
@@ -264,7 +264,7 @@ class TestJson:
         with pytest.raises(ArgumentError, match="argument 'b'"):
             bind_arguments(tool, '{"b": "x"}', "json")
 
-    @pytest.mark.parametrize("value", [{1, 2}, b"x", float("nan"), object(), {1: "x"}, "\ud800"], ids=repr)
+    @pytest.mark.parametrize("value", [{1, 2}, b"x", float("nan"), object(), {1: "x"}, "\ud800"])
     def test_what_json_cant_express(self, value: Any):
         with pytest.raises(ArgumentError, match="tool 'f'"):
             format_action_input(make(a=True), {"a": value}, "json")

@@ -6,12 +6,12 @@ import pytest
 
 from loragen_agents.bench.calls import METRICS, calls_task, normalised, score_call
 from loragen_agents.bench.tasks import BenchSample
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION, Turn
+from loragen_agents.conversation.react import parse_step
+from loragen_agents.data.episodes import GoldCall
+from loragen_agents.data.records import Call, CallRecord, ToolRecord
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import THOUGHT_QUESTION, Turn
-from loragen_agents.react import parse_step
 from loragen_agents.registry import Tool, ToolRegistry
-from loragen_agents.training.data import Call, CallRecord, ToolRecord
-from loragen_agents.training.episodes import GoldCall
 
 TOPICS = {
     "north": ("alarms", "boats", "cheese", "dance", "engines", "flowers", "glass", "hats"),

@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.bench.engine import ModelEngine
-from loragen_agents.bench.gpt4tools_task import mini_registry, mini_task
+from loragen_agents.bench.gpt4tools_task import mini_task
 from loragen_agents.bench.launch import launch
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.results import RunFolder
 from loragen_agents.bench.rows import row_from_name, rows_from_names
 from loragen_agents.bench.runner import run_rows
 from loragen_agents.cli import main
+from loragen_agents.conversation.prompts import Turn
+from loragen_agents.conversation.react import InvalidStep, parse_step
+from loragen_agents.data.gpt4tools_mini_rows import mini_registry
 from loragen_agents.edge.tool_choice import NAMES_ALONE
 from loragen_agents.errors import DataError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import gated_ffn_layers, load_language_model
-from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import Turn
-from loragen_agents.react import InvalidStep, parse_step
+from loragen_agents.models.language_models import gated_ffn_layers, load_language_model
 from tests.tiny_models import save_tiny_model
 
 ROWS = "definitions,definitions+cached,definitions+grammar,bare,lora,lora-gen,lora-gen+grammar,lora-gen-trained"

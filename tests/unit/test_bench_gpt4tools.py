@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loragen_agents.bench.gpt4tools import RATES, bleu1, score
+from loragen_agents.bench.gpt4tools_score import RATES, bleu1, score
 from loragen_agents.errors import DataError
 
 QUESTION = "Thought: Do I need to use a tool?"

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import yaml
 
-from loragen_agents.bench.gpt4tools import score
-from loragen_agents.bench.gpt4tools_mini import PARTS, MiniSample, Part, mini_fingerprint, mini_samples, mini_tool_names
-from loragen_agents.content import content_folder
+from loragen_agents.bench.gpt4tools_score import score
+from loragen_agents.data.gpt4tools_mini import PARTS, MiniSample, Part, mini_fingerprint, mini_samples, mini_tool_names
 from loragen_agents.errors import DataError
+from loragen_agents.support.content import content_folder
 
 
 def registry_rows(part: Part) -> list[dict[str, object]]:

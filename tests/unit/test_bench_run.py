@@ -13,7 +13,7 @@ from loragen_agents.bench import plots
 from loragen_agents.bench.compare import compare, comparison_table
 from loragen_agents.bench.costs import PeakMemory, TurnCost, break_even_turns, kv_cache_bytes, model_bytes, row_cost
 from loragen_agents.bench.display import LiveTable
-from loragen_agents.bench.gpt4tools_task import mini_registry, mini_task, score_sample
+from loragen_agents.bench.gpt4tools_task import mini_task, score_sample
 from loragen_agents.bench.latency import draw, latency_table, measure, tool_pool
 from loragen_agents.bench.latency import launch as launch_latency
 from loragen_agents.bench.report import markdown, render, write_report
@@ -21,10 +21,11 @@ from loragen_agents.bench.results import RunFolder, read_records, read_results, 
 from loragen_agents.bench.rows import DEFAULT_ROWS, Row, row_from_name, rows_from_names
 from loragen_agents.bench.runner import Written, run_rows
 from loragen_agents.bench.tasks import BLOCK, BenchSample, Task
-from loragen_agents.console import results as console
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
+from loragen_agents.data.gpt4tools_mini_rows import mini_registry
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.registry import ToolRegistry
+from loragen_agents.support.console import results as console
 from tests.tiny_models import tiny_model
 
 

@@ -17,8 +17,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from pydantic import BaseModel, ValidationError
 from typing_extensions import TypedDict
 
-from loragen_agents import LoRAGenChatModel, ToolRegistry, specialization
+from loragen_agents import LoRAGenChatModel, ToolRegistry
 from loragen_agents.errors import PromptError, RegistryError
+from loragen_agents.specialization import specialize as specialization
 from tests.tiny_chat import tiny_generator, tiny_language_model
 
 

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from loragen_agents import __version__, cli, gguf_conversion
+from loragen_agents import __version__, cli
 from loragen_agents.commands import all_commands
-from loragen_agents.console import visible
 from loragen_agents.errors import LoRAGenError
-from loragen_agents.progress import Progress
+from loragen_agents.models import gguf as gguf_conversion
+from loragen_agents.support.console import visible
+from loragen_agents.support.progress import Progress
 from tests.tiny_models import save_tiny_model
 
 

@@ -18,12 +18,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
 from loragen_agents.edge.decoding import Completion, Decoder, Sampling
-from loragen_agents.edge.forward import LeanForward, ModuleForward, Runtime, _linear_in_float32, arrange_weights
+from loragen_agents.edge.forward import LeanForward, ModuleForward, Runtime, _linear_in_float32
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore
 from loragen_agents.errors import ModelLoadError, PromptError
-from loragen_agents.lora_weights import LoRAWeights, apply_lora
-from loragen_agents.sharing import clone_sharing_tensors
+from loragen_agents.models.arrangement import arrange_weights
+from loragen_agents.models.clone import clone_sharing_tensors
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from loragen_agents.errors import ModelLoadError
-from loragen_agents.fingerprints import file_sha256, remembered, tensor_fingerprint, weight_files
+from loragen_agents.models.fingerprints import file_sha256, remembered, tensor_fingerprint, weight_files
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator, memory_writer
 from loragen_agents.generator.checkpoint import ModelIdentity, resolve
-from loragen_agents.language_models import PROJECTIONS, LanguageModel
-from loragen_agents.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.models.language_models import PROJECTIONS, LanguageModel
 from loragen_agents.registry import Tool, ToolRegistry
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from loragen_agents.bench.gpt4tools_mini import mini_tool_names
-from loragen_agents.bench.gpt4tools_task import mini_rows, write_mini
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.conversation.react import Answer, ToolStep, parse_step
+from loragen_agents.data.episodes import GoldCall, target_text
+from loragen_agents.data.gpt4tools_episodes import GPT4ToolsSampler, gpt4tools_samplers
+from loragen_agents.data.gpt4tools_files import GPT4ToolsSample
+from loragen_agents.data.gpt4tools_mini import mini_tool_names
+from loragen_agents.data.gpt4tools_mini_rows import mini_rows, write_mini
+from loragen_agents.data.options import GPT4ToolsOptions
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import TakenStep, Turn
-from loragen_agents.react import Answer, ToolStep, parse_step
-from loragen_agents.training.episodes import GoldCall, target_text
-from loragen_agents.training.gpt4tools import GPT4ToolsSample
-from loragen_agents.training.gpt4tools_episodes import GPT4ToolsSampler, gpt4tools_samplers
-from loragen_agents.training.options import GPT4ToolsOptions
 from loragen_agents.training.recipe import Recipe
 
 ROWS = mini_rows("train")

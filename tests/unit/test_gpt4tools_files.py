@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from loragen_agents.bench.gpt4tools_mini import PARTS, Part, mini_samples
-from loragen_agents.bench.gpt4tools_task import file_task, mini_registry, mini_turns, write_mini
+from loragen_agents.bench.gpt4tools_task import file_task
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools, taken_steps
+from loragen_agents.data.gpt4tools_mini import PARTS, Part, mini_samples
+from loragen_agents.data.gpt4tools_mini_rows import mini_registry, mini_turns, write_mini
 from loragen_agents.errors import DataError
-from loragen_agents.prompting import TakenStep, Turn
-from loragen_agents.training.gpt4tools import GPT4ToolsSample, read_gpt4tools, taken_steps
 
 # The layout of GPT4Tools' prompts, with text of our own.
 PROMPT = """The assistant deals with words and pictures.

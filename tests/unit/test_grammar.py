@@ -10,11 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizer
 
-from loragen_agents.content import content_folder
-from loragen_agents.edge.decoding import Decoder, Sampling
-from loragen_agents.edge.grammar import ToolGrammar, llguidance_tokenizer
-from loragen_agents.errors import GrammarError
-from loragen_agents.react import (
+from loragen_agents.conversation.react import (
     Answer,
     InvalidStep,
     ToolStep,
@@ -23,7 +19,11 @@ from loragen_agents.react import (
     parse_step,
     tool_step_text,
 )
+from loragen_agents.edge.decoding import Decoder, Sampling
+from loragen_agents.edge.grammar import ToolGrammar, llguidance_tokenizer
+from loragen_agents.errors import GrammarError
 from loragen_agents.registry import InputFormat, Tool, ToolRegistry
+from loragen_agents.support.content import content_folder
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

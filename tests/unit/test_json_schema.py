@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from loragen_agents.json_schema import (
+from loragen_agents.registry.json_schema import (
     SchemaError,
     admitted_types,
     canonical,
@@ -96,7 +96,6 @@ class TestInlineReferences:
         ({"$ref": "#/$defs/A"}, {"array"}),
         ({"$ref": "#/$defs/Loop"}, {"null", "boolean", "integer", "number", "string", "array", "object"}),
     ],
-    ids=repr,
 )
 def test_admitted_types(schema: Any, types: set[str]):
     root = {"$defs": {"A": {"type": "array"}, "Loop": {"$ref": "#/$defs/Loop"}}}

@@ -7,11 +7,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from loragen_agents import gguf_conversion, language_models
 from loragen_agents.errors import ModelLoadError
-from loragen_agents.fingerprints import tensor_fingerprint
-from loragen_agents.language_models import choose_dtype, gated_ffn_layers, load_language_model
-from loragen_agents.progress import silent
+from loragen_agents.models import gguf as gguf_conversion
+from loragen_agents.models import language_models
+from loragen_agents.models.fingerprints import tensor_fingerprint
+from loragen_agents.models.language_models import choose_dtype, gated_ffn_layers, load_language_model
+from loragen_agents.support.progress import silent
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 

@@ -15,10 +15,10 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from loragen_agents.chat.messages import AnswerText, last_chunk, read_conversation, step_message
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.conversation.react import Answer, InvalidStep, ToolStep
 from loragen_agents.errors import PromptError
-from loragen_agents.messages import AnswerText, last_chunk, read_conversation, step_message
-from loragen_agents.prompting import TakenStep, Turn
-from loragen_agents.react import Answer, InvalidStep, ToolStep
 from loragen_agents.registry import Tool, ToolRegistry
 
 ADD = Tool(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loragen_agents import gguf_conversion, model_cache
 from loragen_agents.errors import ModelLoadError
-from loragen_agents.model_cache import MANIFEST, cache_folder, find_stored, obtain_model, stored_conversions
-from loragen_agents.progress import Progress
+from loragen_agents.models import cache as model_cache
+from loragen_agents.models import gguf as gguf_conversion
+from loragen_agents.models.cache import MANIFEST, cache_folder, find_stored, obtain_model, stored_conversions
+from loragen_agents.support.progress import Progress
 from tests.tiny_models import save_tiny_model
 
 

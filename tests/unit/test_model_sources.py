@@ -8,10 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from loragen_agents import model_sources
 from loragen_agents.errors import ModelLoadError
-from loragen_agents.language_models import load_language_model
-from loragen_agents.model_sources import (
+from loragen_agents.models import sources as model_sources
+from loragen_agents.models.language_models import load_language_model
+from loragen_agents.models.sources import (
     KNOWN_MODELS,
     GgufFile,
     HubModel,
@@ -23,7 +23,7 @@ from loragen_agents.model_sources import (
     gguf_sha256,
     join_parts,
 )
-from loragen_agents.progress import silent
+from loragen_agents.support.progress import silent
 from tests.hub_server import hub
 from tests.tiny_models import save_tiny_model
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from loragen_agents.progress import lines, shown
+from loragen_agents.support.progress import lines, shown
 
 SCRIPT = """
 import time
-from loragen_agents.progress import lines, shown
+from loragen_agents.support.progress import lines, shown
 with shown(None) as report:
     with shown(None) as nested:
         nested("inner", 0.5)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loragen_agents.content import content_folder
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION, PromptRenderer, TakenStep, Turn, TurnMarkers
+from loragen_agents.conversation.react import answer_text, tool_step_text
 from loragen_agents.errors import PromptError
-from loragen_agents.prompting import THOUGHT_QUESTION, PromptRenderer, TakenStep, Turn, TurnMarkers
-from loragen_agents.react import answer_text, tool_step_text
 from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.support.content import content_folder
 from tests.tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

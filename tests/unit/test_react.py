@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loragen_agents.react import (
+from loragen_agents.conversation.react import (
     THOUGHT_QUESTION,
     ActionKnown,
     Answer,

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from loragen_agents.cli import main
+from loragen_agents.data.readers import read_metatool, read_seal_tools, read_sgd
+from loragen_agents.data.records import Call, load_data
 from loragen_agents.errors import DataError
-from loragen_agents.training.data import Call, load_data
-from loragen_agents.training.readers import read_metatool, read_seal_tools, read_sgd
 
 
 def write(path: Path, *rows: object, lines: bool = False) -> None:

@@ -11,9 +11,9 @@ from langchain_core.tools import InjectedToolArg, StructuredTool, tool
 from langchain_core.tools import Tool as PlainTool
 from pydantic import BaseModel, Field
 
-from loragen_agents.content import content_folder
 from loragen_agents.errors import RegistryError
 from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.support.content import content_folder
 
 TEXT = {"type": "string"}
 
@@ -138,7 +138,7 @@ class TestSources:
             assert read.argument_names == ("text",)
             assert read.required == {"text"}
 
-    @pytest.mark.parametrize("source", [3, "search", object(), None], ids=repr)
+    @pytest.mark.parametrize("source", [3, "search", object(), None], ids=["number", "text", "object", "None"])
     def test_what_is_no_tool_is_named(self, source: Any):
         with pytest.raises(RegistryError, match=r"not a tool; expected a LangChain tool"):
             ToolRegistry.from_tools([source])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen_agents.content import content_folder
 from loragen_agents.errors import RegistryError
 from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.support.content import content_folder
 
 
 def read(folder: Path, text: str) -> ToolRegistry:

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loragen_agents.conversation.react import Answer, ToolStep, parse_step
+from loragen_agents.data import augmentation as augment
+from loragen_agents.data import wording
+from loragen_agents.data.episodes import Episode, target_parts, target_text
+from loragen_agents.data.options import SamplerOptions
+from loragen_agents.data.overlap import Overlap
+from loragen_agents.data.records import Call, CallRecord, DataSet, ToolRecord
+from loragen_agents.data.sampler import RegistrySampler
+from loragen_agents.data.views import draw_names
 from loragen_agents.errors import DataError
-from loragen_agents.react import Answer, ToolStep, parse_step
-from loragen_agents.training import augment, wording
-from loragen_agents.training.data import Call, CallRecord, DataSet, ToolRecord
-from loragen_agents.training.episodes import Episode, target_parts, target_text
-from loragen_agents.training.options import SamplerOptions
-from loragen_agents.training.overlap import Overlap
-from loragen_agents.training.sampler import RegistrySampler
-from loragen_agents.training.views import draw_names
 
 WORDS = ("lamp", "river", "train", "cake", "photo", "letter", "garden", "song", "window", "market", "hotel", "coin")
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from loragen_agents import Tool, ToolRegistry, specialization
+from loragen_agents import Tool, ToolRegistry
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.conversation.prompts import Turn
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import Turn
-from loragen_agents.specialization import Specialization, forget_specializations, specialize
+from loragen_agents.specialization import specialize as specialization
+from loragen_agents.specialization.specialize import Specialization, forget_specializations, specialize
 from tests.tiny_chat import tiny_generator, tiny_language_model
 
 ONE = Tool(name="one", description="The first tool.")

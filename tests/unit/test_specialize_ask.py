@@ -10,7 +10,7 @@ from peft import PeftModel
 from loragen_agents import ToolRegistry, cli
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import load_language_model
+from loragen_agents.models.language_models import load_language_model
 from tests.tiny_chat import tiny_generator, tiny_language_model
 from tests.tiny_models import tiny_model
 

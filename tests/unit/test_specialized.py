@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.conversation.react import Answer, ToolStep, parse_step
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.errors import GrammarError
-from loragen_agents.language_models import PROJECTIONS, LanguageModel
-from loragen_agents.lora_weights import LoRAWeights
-from loragen_agents.prompting import TakenStep, Turn
-from loragen_agents.react import Answer, ToolStep, parse_step
+from loragen_agents.models.language_models import PROJECTIONS, LanguageModel
 from loragen_agents.registry import Tool, ToolRegistry
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from loragen_agents.cli import main
-from loragen_agents.errors import DataError
-from loragen_agents.training.data import (
+from loragen_agents.data.records import (
     Call,
     CallRecord,
     DataSet,
@@ -18,7 +17,8 @@ from loragen_agents.training.data import (
     states,
     write_data,
 )
-from loragen_agents.training.templates import MIN_TEMPLATES, build_computer_tools, read_computer_tools
+from loragen_agents.data.templates import MIN_TEMPLATES, build_computer_tools, read_computer_tools
+from loragen_agents.errors import DataError
 
 LINES = [f"    ask for it in way number {number} with {{name}}" for number in range(MIN_TEMPLATES)]
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.conversation.prompts import Turn
+from loragen_agents.conversation.react import Answer, ToolStep, parse_step
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ChoiceWeights, ToolScorer
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator.tool_reading import capture_down_proj_inputs
-from loragen_agents.prompting import Turn
-from loragen_agents.react import Answer, ToolStep, parse_step
 from loragen_agents.registry import ToolRegistry
-from loragen_agents.tool_match import ToolMatch
 from tests.unit.test_specialized import language_model, random_weights, registry
 
 TURNS = [Turn("How long is the table?")]

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.generator.tool_memory import PieceKind, ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import (
     argument_texts,
@@ -12,8 +14,6 @@ from loragen_agents.generator.tool_reading import (
     read_tools,
     reading_text,
 )
-from loragen_agents.lora_weights import LoRAWeights, apply_lora
-from loragen_agents.prompting import PromptRenderer
 from loragen_agents.registry import InputFormat, Tool
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 

@@ -8,20 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loragen_agents.content import content_folder
+from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.data.episodes import GoldCall
+from loragen_agents.data.gpt4tools_episodes import gpt4tools_samplers
+from loragen_agents.data.options import SamplerOptions, checked_options
+from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord
+from loragen_agents.data.sampler import RegistrySampler
 from loragen_agents.errors import DataError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
-from loragen_agents.language_models import load_language_model
-from loragen_agents.sharing import shared_renderer
+from loragen_agents.models.language_models import load_language_model
+from loragen_agents.support.content import content_folder
 from loragen_agents.training.batches import PARTS
-from loragen_agents.training.data import Call, CallRecord, DataSet, Split, ToolRecord
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
-from loragen_agents.training.episodes import GoldCall
-from loragen_agents.training.gpt4tools_episodes import gpt4tools_samplers
-from loragen_agents.training.options import SamplerOptions, checked_options
 from loragen_agents.training.packing import batches
 from loragen_agents.training.recipe import Recipe
-from loragen_agents.training.sampler import RegistrySampler
 from loragen_agents.training.trainer import train
 from tests.tiny_models import save_tiny_model
 

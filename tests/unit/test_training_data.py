@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from loragen_agents.cli import main
-from loragen_agents.errors import DataError
-from loragen_agents.training.data import (
+from loragen_agents.data.records import (
     Call,
     CallRecord,
     DataSet,
@@ -21,6 +20,7 @@ from loragen_agents.training.data import (
     states,
     write_data,
 )
+from loragen_agents.errors import DataError
 
 TOOL = {
     "id": "shop/buy",

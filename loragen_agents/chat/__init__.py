@@ -1,0 +1,1 @@
+"""LangChain's face: the chat model, its messages, settings and structured output."""

@@ -1,0 +1,532 @@
+"""`LoRAGenChatModel`: a specialised local model as a LangChain chat model.
+
+What the class adds to the layers below is LangChain's shape: fields, binding of tools, streaming, async forms, usage,
+serialisation. How messages become a prompt is in `messages`, how a registry becomes a model in `specialization`.
+"""
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables.config import run_in_executor
+from langchain_core.tools import BaseTool
+from pydantic import BaseModel, Field, InstanceOf, ValidationInfo, field_validator, model_validator
+
+from loragen_agents.chat.messages import AnswerText, Conversation, last_chunk, read_conversation, step_message
+from loragen_agents.chat.settings import (
+    SETTINGS,
+    CallSettings,
+    openai_dicts,
+    read_registry,
+    read_settings,
+    read_tool_choice,
+)
+from loragen_agents.chat.structured_output import output_parser, schema_tool
+from loragen_agents.conversation.react import Answer, AnswerDelta, InvalidStep, Step, StepStream
+from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.edge.decoding import Completion
+from loragen_agents.generator import LoRAGenerator
+from loragen_agents.models.language_models import DEFAULT_MODEL, LanguageModel
+from loragen_agents.registry import InputFormat, ToolRegistry
+from loragen_agents.specialization.specialize import (
+    Specialization,
+    shared_generator,
+    shared_language_model,
+    specialize,
+)
+
+ToolLike = dict[str, Any] | type | Callable[..., Any] | BaseTool
+
+# LangChain's standard parameters for models behind a network; a local model has no use for them.
+_NETWORK_PARAMETERS = frozenset({"api_key", "base_url", "max_retries", "timeout"})
+
+
+class LoRAGenChatModel(BaseChatModel):
+    """A small local model that has a tool registry in its weights and reads the user's turn only.
+
+    The tools (and the system messages) are turned into LoRA weights by the generator, once, and merged into the edge
+    model. From then on prompts hold neither definitions nor system text.
+
+    Set-up:
+        `pip install loragen-agents`. The default model is fetched and converted on first use (about 100 MB); no key
+        and no server are needed.
+
+        ```python
+        from loragen_agents import LoRAGenChatModel
+
+        model = LoRAGenChatModel(temperature=0, max_tokens=256)
+        ```
+
+    Invoke:
+        ```python
+        message = model.invoke([("system", "Answer in one sentence."), ("human", "What is a LoRA?")])
+        message.text
+        message.usage_metadata  # {'input_tokens': ..., 'output_tokens': ..., 'total_tokens': ..., ...}
+        message.response_metadata  # compression ratio, milliseconds to specialise and to first token, ...
+        ```
+
+    Stream:
+        ```python
+        for chunk in model.stream("Name three rivers."):
+            print(chunk.text, end="")
+        ```
+
+        `ainvoke`, `astream`, `batch` and `abatch` work as usual. Closing a stream, or cancelling the task that awaits
+        it, stops the decoding. Words stream as they are decoded; a tool call comes as one chunk, once all of it has
+        been checked.
+
+    Tool calling:
+        ```python
+        def multiply(a: int, b: int) -> int:
+            '''Multiply two whole numbers.'''
+            return a * b
+
+        bound = model.bind_tools([multiply])  # or LoRAGenChatModel(tools=[multiply])
+        bound.invoke("What is 6 times 7?").tool_calls
+        # [{'name': 'multiply', 'args': {'a': 6, 'b': 7}, 'id': 'call_...', 'type': 'tool_call'}]
+        ```
+
+        `tool_choice` is "auto" (the model decides), "any" (some tool), "none" (an answer) or a tool's name. A call
+        always fits its tool's schema as long as `grammar` is on. What can't be read (a call cut off by `max_tokens`,
+        free text without the grammar) is found in `invalid_tool_calls`, with the reason.
+
+    Structured output:
+        ```python
+        from pydantic import BaseModel
+
+        class Person(BaseModel):
+            '''A person in the text.'''
+            name: str
+            age: int
+
+        model.with_structured_output(Person).invoke("Ada Lovelace is 36.")  # Person(name='Ada Lovelace', age=36)
+        ```
+
+    In an agent:
+        ```python
+        from langchain.agents import create_agent
+
+        agent = create_agent(model, tools=[multiply], system_prompt="You are a careful clerk.")
+        ```
+
+    `langchain.chat_models.init_chat_model` takes a closed list of providers, which this package can't join; wherever
+    LangChain takes a model's name it takes a model too, so hand over an instance.
+    """
+
+    model: str | InstanceOf[LanguageModel] = DEFAULT_MODEL
+    """The edge LM: what `load_language_model` takes (a known name, Hub id, folder, GGUF file), or a loaded one."""
+
+    cloud: str | InstanceOf[LanguageModel] | None = None
+    """The LM that reads the definitions; by default the edge LM itself."""
+
+    generator: str | InstanceOf[LoRAGenerator] = "default"
+    """The generator: "default" (ships with the package), a checkpoint folder, or a loaded one."""
+
+    tools: Any = Field(default_factory=list)
+    """Tools to specialise on, in any form that `ToolRegistry.from_tools` takes, or a `ToolRegistry`; kept as OpenAI
+    dicts. Tools of `bind_tools` take their place."""
+
+    input_format: InputFormat = "json"
+    """How an Action Input is written: "json", or "csv" as in GPT4Tools. A `ToolRegistry` as `tools` brings its own."""
+
+    tool_choice: str = "auto"
+    """"auto", "any", "none" or a tool's name."""
+
+    grammar: bool = True
+    """Hold decoding to the registry's grammar: a tool's name, then its argument schema, or an answer."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 decodes greedily."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with at least this probability."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Sample from so many tokens; 0 is all."""
+
+    seed: int | None = None
+    """Seed of the sampling; the same seed gives the same text."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Most tokens that one step may take."""
+
+    stop: list[str] | None = None
+    """Texts that end an answer; they are left out of it. Tool calls are not touched."""
+
+    device: str = "auto"
+    """Where models named above are put: "auto", "cpu", "cuda", ..."""
+
+    dtype: str = "auto"
+    """Their precision: "auto" (bfloat16 where the machine has it), "float32", ..."""
+
+    specialization_cache: bool = True
+    """Keep specialisations in memory and on disk. (`cache` is LangChain's cache of responses.)"""
+
+    streaming: bool = False
+    """Stream inside `invoke` too, for callbacks that want every token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            unknown = sorted(values.keys() - cls.model_fields.keys() - _NETWORK_PARAMETERS)
+            if unknown:
+                raise ValueError(f"unknown parameters: {', '.join(unknown)}")
+            registry = values.get("tools")
+            if isinstance(registry, ToolRegistry):
+                asked = values.setdefault("input_format", registry.input_format)
+                if asked != registry.input_format:
+                    raise ValueError(f"the registry's inputs are {registry.input_format}, not {asked}")
+        return values
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _read_tools(cls, tools: Any) -> list[dict[str, Any]]:
+        return openai_dicts(tools)
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _read_choice(cls, choice: Any, info: ValidationInfo) -> str:
+        # Tools can still be bound later; then the choice is checked against those.
+        names = [tool["function"]["name"] for tool in info.data.get("tools", ())]
+        return read_tool_choice(choice, names or None)
+
+    # Binding
+
+    def bind_tools(
+        self, tools: Sequence[ToolLike], *, tool_choice: str | dict[str, Any] | bool | None = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """A model specialised on `tools`, in the place of those of the constructor.
+
+        tools: any form that `ToolRegistry.from_tools` takes; two equal definitions count once.
+        tool_choice: "auto", "any" (also "required" and True), "none" (also False), a tool's name, or OpenAI's dict.
+        kwargs: bound along with the tools, for instance `temperature`; `strict` and `parallel_tool_calls` change
+            nothing, as calls are always held to their schema and come one at a time.
+
+        Raises:
+            RegistryError: a tool that can't be used, by name.
+            PromptError: `tool_choice` names no tool of these.
+        """
+        definitions = openai_dicts(tools)
+        if tool_choice is not None:
+            names = [definition["function"]["name"] for definition in definitions]
+            kwargs["tool_choice"] = read_tool_choice(tool_choice, names)
+        return self.bind(tools=definitions, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """A model that gives an object of `schema`: its tool call is forced, and held to the schema by the grammar.
+
+        schema: a pydantic class (the result is an instance), a TypedDict, a JSON Schema or an OpenAI tool (a dict).
+        include_raw: give `{"raw": message, "parsed": object or None, "parsing_error": exception or None}`.
+        method, strict: taken for LangChain's sake; the way is the same for all, and always strict.
+        kwargs: bound along, for instance `temperature`.
+
+        The runnable raises OutputParserException when the object could not be read, for instance because `max_tokens`
+        cut it off.
+
+        Raises:
+            RegistryError: LangChain can't read the schema as a tool.
+            ValueError: there is no such method.
+        """
+        if method not in ("json_schema", "function_calling", "json_mode"):
+            raise ValueError(f"unknown method {method!r}: expected json_schema, function_calling or json_mode")
+        definition = schema_tool(schema)
+        name = definition["function"]["name"]
+        bound = self.bind_tools(
+            [definition],
+            tool_choice=name,
+            grammar=True,
+            ls_structured_output_format={"kwargs": {"method": method, "strict": strict}, "schema": schema},
+            **kwargs,
+        )
+        parser = output_parser(schema, name)
+        if not include_raw:
+            return bound | parser
+        parse = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=bound) | parse.with_fallbacks([failed], exception_key="parsing_error")
+
+    # Running
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return self._invoke(messages, stop, kwargs, threading.Event())
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        cancel = threading.Event()
+        try:
+            return await run_in_executor(None, self._invoke, messages, stop, kwargs, cancel)
+        finally:
+            cancel.set()  # where the task was cancelled, the thread is still decoding
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        cancel = threading.Event()
+        try:
+            for chunk in self._chunks(messages, stop, kwargs, cancel):
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+        finally:
+            cancel.set()
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        cancel = threading.Event()
+        chunks = self._chunks(messages, stop, kwargs, cancel)
+        try:
+            while (chunk := await run_in_executor(None, next, chunks, None)) is not None:
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+        finally:
+            cancel.set()
+
+    def _invoke(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancel: threading.Event
+    ) -> ChatResult:
+        outcome = None
+        for event in self._run(messages, stop, kwargs, cancel):
+            if isinstance(event, _Outcome):
+                outcome = event
+        assert outcome is not None
+        message = step_message(outcome.step)
+        message.response_metadata, message.usage_metadata = outcome.metadata, outcome.usage
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancel: threading.Event
+    ) -> Iterator[ChatGenerationChunk]:
+        for event in self._run(messages, stop, kwargs, cancel):
+            if isinstance(event, str):
+                yield ChatGenerationChunk(message=AIMessageChunk(content=event))
+                continue
+            last = last_chunk(event.step)
+            last.response_metadata, last.usage_metadata = event.metadata, event.usage
+            yield ChatGenerationChunk(message=last)
+
+    def _run(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancel: threading.Event
+    ) -> Iterator["str | _Outcome"]:
+        """One step of the model: the pieces of its answer as they come, then the outcome."""
+        started = time.perf_counter()
+        fields = {name: getattr(self, name) for name in SETTINGS}
+        call = read_settings(fields, kwargs, self.stop if stop is None else stop, self.input_format)
+        conversation = read_conversation(messages, call.registry)
+        specialization = self._specialize(call.model, call.registry, conversation.system_text)
+        reader, answer = StepStream(call.registry), AnswerText(call.stop)
+        decoding = specialization.model.stream(
+            conversation.turns, call.sampling, grammar=call.grammar, tool_choice=call.tool_choice, cancel=cancel
+        )
+        try:
+            for delta in decoding:
+                for event in reader.feed(delta):
+                    if isinstance(event, AnswerDelta) and (piece := answer.feed(event.text)):
+                        yield piece
+                if reader.finished or answer.stopped:
+                    break
+        finally:
+            decoding.close()
+        for event in reader.flush():
+            if isinstance(event, AnswerDelta) and (piece := answer.feed(event.text)):
+                yield piece
+        if piece := answer.flush():
+            yield piece
+        completion = decoding.completion
+        complete = completion.finish_reason == "stop" or reader.finished or answer.stopped
+        step = reader.close(cut_off=not complete)
+        if isinstance(step, Answer):
+            step = Answer(answer.text)
+        metadata = self._metadata(
+            call, step, conversation, specialization, completion, complete, time.perf_counter() - started
+        )
+        if decoding.tools is not None:
+            metadata["tool_call_probability"] = decoding.tools.calls_tool
+            metadata["tool_probabilities"] = decoding.tools.tools
+        yield _Outcome(
+            step,
+            metadata,
+            UsageMetadata(
+                input_tokens=completion.prompt_tokens,
+                output_tokens=len(completion.token_ids),
+                total_tokens=completion.prompt_tokens + len(completion.token_ids),
+                input_token_details=InputTokenDetails(cache_read=completion.cached_tokens),
+            ),
+        )
+
+    def _specialize(self, model: str | LanguageModel, registry: ToolRegistry, system_text: str) -> Specialization:
+        edge = self._language_model(model)
+        cloud = edge if self.cloud is None else self._language_model(self.cloud)
+        generator = self.generator
+        if isinstance(generator, str):
+            generator = shared_generator(generator, cloud=cloud, edge=edge)
+        cache = self.specialization_cache
+        return specialize(registry, system_text, edge=edge, cloud=cloud, generator=generator, cache=cache)
+
+    def _language_model(self, given: str | LanguageModel) -> LanguageModel:
+        if isinstance(given, str):
+            return shared_language_model(given, device=self.device, dtype=self.dtype)
+        return given
+
+    def _metadata(
+        self,
+        call: CallSettings,
+        step: Step,
+        conversation: Conversation,
+        specialization: Specialization,
+        completion: Completion,
+        complete: bool,
+        seconds: float,
+    ) -> dict[str, Any]:
+        prompt = completion.prompt_tokens
+        metadata: dict[str, Any] = {
+            "model_name": _name(call.model),
+            "model_provider": "loragen_agents",
+            "generator": _name(self.generator),
+            "finish_reason": "stop" if complete else completion.finish_reason,
+            "prompt_tokens": prompt,
+            "definition_tokens": specialization.definition_tokens,
+            "compression_ratio": round((prompt + specialization.definition_tokens) / prompt, 2),
+            "specialization": specialization.source,
+            "specialize_ms": round(specialization.seconds * 1000, 1),
+            "first_token_ms": round((completion.first_token_seconds or 0.0) * 1000, 1),
+            "total_ms": round(seconds * 1000, 1),
+        }
+        if isinstance(step, InvalidStep):
+            metadata["invalid_step"] = step.error
+        if conversation.left_out:
+            metadata["left_out"] = list(conversation.left_out)
+        return metadata
+
+    # What LangChain asks a model about itself
+
+    @property
+    def _llm_type(self) -> str:
+        return "loragen-agents"
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("input_format", "stop", *SETTINGS)},
+            "model": _name(self.model),
+            "cloud": _name(self.cloud),
+            "generator": _name(self.generator),
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = "loragen_agents"
+        params.setdefault("ls_model_name", _name(self.model) or "")
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        unable = ("image_inputs", "image_url_inputs", "pdf_inputs", "audio_inputs", "video_inputs")
+        profile = ModelProfile(
+            name=_name(self.model) or "",
+            open_weights=True,
+            text_inputs=True,
+            text_outputs=True,
+            tool_calling=True,
+            tool_choice=True,
+            # create_agent would send `response_format` to a model that claims this; it forces a tool call otherwise.
+            structured_output=False,
+        )
+        if isinstance(self.model, LanguageModel):
+            limit = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
+            if limit is not None:
+                profile["max_input_tokens"] = limit
+        for name in unable:
+            profile[name] = False  # type: ignore[literal-required]
+        return profile
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of `text` by the edge LM's tokenizer; control tokens in it are plain text. Loads the model."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return shared_renderer(self._language_model(self.model).tokenizer).encode_text(text)
+
+    def get_num_tokens_from_messages(
+        self, messages: Sequence[BaseMessage], tools: Sequence[ToolLike] | None = None
+    ) -> int:
+        """Tokens of the edge prompt for `messages`, in which neither system messages nor tools take any."""
+        definitions = self.tools if tools is None else list(tools)
+        conversation = read_conversation(messages, read_registry(definitions, self.input_format))
+        return len(shared_renderer(self._language_model(self.model).tokenizer).user_turn(conversation.turns))
+
+    # Serialisation: models that were handed over loaded are written down by their names.
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Models are written and read with `langchain_core.load`, where `load` is told to allow this class."""
+        return True
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """Names in the place of loaded models."""
+        loaded = {name: getattr(self, name) for name in ("model", "cloud", "generator")}
+        return {name: _name(value) for name, value in loaded.items() if not isinstance(value, str | None)}
+
+    def __repr_args__(self) -> Any:
+        return [(name, self.lc_attributes.get(name, value)) for name, value in super().__repr_args__()]
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        state["__dict__"] = {**state["__dict__"], **self.lc_attributes}
+        return state
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a step ended: what the model said, and the figures of the way there."""
+
+    step: Step
+    metadata: dict[str, Any]
+    usage: UsageMetadata
+
+
+def _name(given: Any) -> str | None:
+    """How a model or generator is written down: as it was asked for."""
+    if given is None or isinstance(given, str):
+        return given
+    return given.name if isinstance(given, LanguageModel) else f"generator {given.fingerprint[:12]}"

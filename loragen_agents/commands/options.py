@@ -1,0 +1,70 @@
+"""Options that several commands share: the registry file, the two language models and the generator.
+
+Imports nothing slow until the options are used.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loragen_agents.errors import RegistryError
+from loragen_agents.support.content import content_folder
+
+UNTRAINED = (
+    "This generator is not trained yet: its LoRA weights are zero, so the step is the bare model's and says nothing "
+    "about the product's quality."
+)
+
+if TYPE_CHECKING:
+    from loragen_agents.generator import LoRAGenerator
+    from loragen_agents.models.language_models import LanguageModel
+    from loragen_agents.registry import ToolRegistry
+    from loragen_agents.support.progress import Progress
+
+
+def add_specialization_options(parser: argparse.ArgumentParser) -> None:
+    """Add --tools, --system and what `load_parts` reads."""
+    parser.add_argument(
+        "--tools", required=True, metavar="FILE", help="registry: a YAML file, or the name of a shipped one"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="system text, compressed with the tools")
+    parser.add_argument("--edge", metavar="MODEL", help="the small LM (name, Hub id, folder, GGUF file)")
+    parser.add_argument("--cloud", metavar="MODEL", help="the LM that reads the definitions; the edge LM if left out")
+    parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+
+
+def read_tools(given: str) -> "ToolRegistry":
+    """The registry of a file, or of the shipped file of that name (`gpt4tools_seen`).
+
+    Raises:
+        RegistryError: there is no such file, or it can't be read.
+    """
+    from loragen_agents.registry import ToolRegistry
+
+    path = Path(given)
+    shipped = content_folder("tools") / f"{given.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        if path.name != given or not shipped.is_file():
+            names = ", ".join(sorted(file.stem for file in content_folder("tools").glob("*.yaml")))
+            raise RegistryError(f"there is no registry file {given}; expected a YAML file, or one of: {names}")
+        path = shipped
+    return ToolRegistry.from_yaml(path)
+
+
+def load_parts(
+    arguments: argparse.Namespace, progress: "Progress | None"
+) -> "tuple[LanguageModel, LanguageModel, LoRAGenerator]":
+    """The edge LM, the cloud LM and the generator that the options name.
+
+    Raises:
+        ModelLoadError: a model can't be had. CheckpointError: the generator does not fit or is damaged.
+    """
+    from loragen_agents.generator import LoRAGenerator
+    from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
+
+    edge = load_language_model(arguments.edge or DEFAULT_MODEL, device=arguments.device, progress=progress)
+    cloud = edge
+    if arguments.cloud is not None and arguments.cloud != edge.name:
+        cloud = load_language_model(arguments.cloud, device=arguments.device, progress=progress)
+    return edge, cloud, LoRAGenerator.load(arguments.generator, cloud=cloud, edge=edge)

@@ -1,0 +1,376 @@
+"""The intermediate format of the training data: tools and the requests that call them, one JSON object a line.
+
+A data folder holds `tools.jsonl` (`id`, `name`, `description`, `domain`, `source`, `split`, `parameters`) and any
+number of `calls_*.jsonl` (`query`, `calls`: a list of `tool` id and `arguments` in order, `source`, `split`). This
+module reads, writes and repairs those records. It knows nothing of registries, prompts or models.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loragen_agents.errors import DataError
+from loragen_agents.support.files import replacing
+
+Split = Literal["train", "dev"]
+SPLITS = ("train", "dev")
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+@dataclass(frozen=True)
+class ToolRecord:
+    """One tool of a source; `parameters` is a JSON Schema object, `id` is unique over all sources."""
+
+    id: str
+    name: str
+    description: str
+    domain: str
+    source: str
+    split: Split
+    parameters: dict[str, Any]
+
+    @property
+    def properties(self) -> dict[str, dict[str, Any]]:
+        """Schema of each argument, in order."""
+        return self.parameters.get("properties", {})
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the arguments that every call gives."""
+        return tuple(self.parameters.get("required", ()))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call of a request: the tool's id and its arguments by name."""
+
+    tool: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One request with the calls that serve it, in order; no calls: a request that takes no tool."""
+
+    query: str
+    calls: tuple[Call, ...]
+    source: str
+    split: Split
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Tools by id, and the requests that call them."""
+
+    tools: dict[str, ToolRecord] = field(default_factory=dict)
+    calls: tuple[CallRecord, ...] = ()
+
+    def __add__(self, other: "DataSet") -> "DataSet":
+        """Join two data sets.
+
+        Raises:
+            DataError: a tool id stands in both with different contents.
+        """
+        for tool_id in self.tools.keys() & other.tools.keys():
+            if self.tools[tool_id] != other.tools[tool_id]:
+                raise DataError(f"tool {tool_id!r} is defined twice, differently: give one of the two another id")
+        return DataSet({**self.tools, **other.tools}, self.calls + other.calls)
+
+    def held_out_tools(self) -> frozenset[str]:
+        """Ids of the tools that no training sample may hold: of split dev, or called by a request of split dev."""
+        called = {call.tool for record in self.calls if record.split == "dev" for call in record.calls}
+        return frozenset(called | {tool.id for tool in self.tools.values() if tool.split == "dev"})
+
+
+def _text(row: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not (empty or value.strip()):
+        raise ValueError(f"{key!r} must be {'a' if empty else 'a non-empty'} string, got {value!r}")
+    return value
+
+
+def _split(row: Mapping[str, Any]) -> Split:
+    value = _text(row, "split")
+    if value not in SPLITS:
+        raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def tool_from_row(row: Any) -> ToolRecord:
+    """Turn one decoded line of `tools.jsonl` into a record.
+
+    Raises:
+        ValueError: a field is missing or of the wrong type; the message says which and what was expected.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    parameters = row.get("parameters")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("properties", {}), dict):
+        raise ValueError("'parameters' must be a JSON Schema object with 'properties'")
+    properties = parameters.get("properties", {})
+    for name, schema in properties.items():
+        if not isinstance(schema, dict):
+            raise ValueError(f"the schema of argument {name!r} must be a JSON object, got {schema!r}")
+    required = parameters.get("required", [])
+    if not isinstance(required, list) or not set(required) <= set(properties):
+        raise ValueError(f"'required' must list arguments named in 'properties', got {required!r}")
+    return ToolRecord(
+        id=_text(row, "id"),
+        name=_text(row, "name"),
+        description=_text(row, "description", empty=True),
+        domain=_text(row, "domain", empty=True),
+        source=_text(row, "source"),
+        split=_split(row),
+        parameters=parameters,
+    )
+
+
+def call_from_row(row: Any) -> CallRecord:
+    """Turn one decoded line of a `calls_*.jsonl` into a record.
+
+    Raises:
+        ValueError: a field is missing or of the wrong type; the message says which and what was expected.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    calls = row.get("calls")
+    if not isinstance(calls, list):
+        raise ValueError(f"'calls' must be a list, got {calls!r}")
+    steps = []
+    for number, call in enumerate(calls, 1):
+        if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+            raise ValueError(f"call {number} must be an object with 'tool' and 'arguments', got {call!r}")
+        steps.append(Call(_text(call, "tool"), call["arguments"]))
+    return CallRecord(_text(row, "query"), tuple(steps), _text(row, "source"), _split(row))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Decoded non-empty lines with their 1-based row numbers."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, row {number}: not a JSON object on one line ({error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def read_tools(path: Path | str) -> dict[str, ToolRecord]:
+    """Read a `tools.jsonl`; the result is keyed by tool id, in file order.
+
+    Raises:
+        DataError: the file is missing, a row is damaged (file and row number are named) or an id stands twice.
+    """
+    path = Path(path)
+    tools: dict[str, ToolRecord] = {}
+    for number, row in _rows(path):
+        try:
+            tool = tool_from_row(row)
+        except ValueError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+        if tool.id in tools:
+            raise DataError(f"{path}, row {number}: the tool id {tool.id!r} stands in the file twice")
+        tools[tool.id] = tool
+    return tools
+
+
+def read_calls(path: Path | str, tools: Mapping[str, ToolRecord] | None = None) -> list[CallRecord]:
+    """Read a `calls_*.jsonl`.
+
+    Args:
+        tools: where given, every call must name one of these tools and only arguments that the tool has.
+
+    Raises:
+        DataError: the file is missing or a row is damaged; file and row number are named.
+    """
+    path = Path(path)
+    records = []
+    for number, row in _rows(path):
+        try:
+            record = call_from_row(row)
+            if tools is not None:
+                check_calls(record, tools)
+        except ValueError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+        records.append(record)
+    return records
+
+
+def check_calls(record: CallRecord, tools: Mapping[str, ToolRecord]) -> None:
+    """Raise ValueError where a call names a tool or an argument that does not exist."""
+    for call in record.calls:
+        if call.tool not in tools:
+            raise ValueError(f"the tool {call.tool!r} is not in tools.jsonl")
+        unknown = call.arguments.keys() - tools[call.tool].properties.keys()
+        if unknown:
+            raise ValueError(f"the tool {call.tool!r} has no argument {', '.join(sorted(unknown))}")
+
+
+def load_data(*folders: Path | str) -> DataSet:
+    """Read `tools.jsonl` and every `calls_*.jsonl` of one or several data folders and join them.
+
+    Raises:
+        DataError: a folder lacks these files, a row is damaged, or two folders define one tool id differently.
+    """
+    data = DataSet()
+    for folder in map(Path, folders):
+        tools = read_tools(folder / "tools.jsonl")
+        files = sorted(folder.glob("calls_*.jsonl"))
+        if not files:
+            raise DataError(f"{folder}: no calls_*.jsonl beside tools.jsonl; build it with `loragen-agents data build`")
+        calls = [record for file in files for record in read_calls(file, tools)]
+        data = data + DataSet(tools, tuple(calls))
+    return data
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_data(data: DataSet, folder: Path | str) -> None:
+    """Write `tools.jsonl`, `calls_train.jsonl` and `calls_dev.jsonl` into `folder`, which is made if it is missing."""
+    folder = Path(folder)
+    _write_lines(folder / "tools.jsonl", map(asdict, data.tools.values()))
+    for split in SPLITS:
+        rows = (asdict(record) for record in data.calls if record.split == split)
+        _write_lines(folder / f"calls_{split}.jsonl", rows)
+
+
+def fits_type(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether `value` is of the JSON type (and among the values) that an argument's schema names."""
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    kind = schema.get("type")
+    if not isinstance(kind, str) or kind not in _JSON_TYPES:
+        return True
+    if isinstance(value, bool) and kind != "boolean":
+        return False
+    return isinstance(value, _JSON_TYPES[kind])
+
+
+def _coerced(value: Any, schema: Mapping[str, Any]) -> Any:
+    """`value` in the schema's type where nothing is lost by it, else `value` itself."""
+    kind = schema.get("type")
+    if kind == "string" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind == "integer" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value.strip()):
+        return int(value)
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind == "number" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}(\.\d+)?", value.strip()):
+        return float(value) if "." in value else int(value)
+    if kind == "boolean" and isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    return value
+
+
+def states(query: str, value: Any) -> bool:
+    """Whether a request's words state an argument's value: rough, word by word, and generous to other spellings.
+
+    A number must stand in the request (thousands separators and a trailing .0 aside); of a text, a word of three or
+    more letters or a number must. Truth values always pass: requests seldom spell them.
+    """
+    if isinstance(value, bool):
+        return True
+    text = query.lower()
+    if isinstance(value, (int, float)):
+        plain = f"{value:g}" if abs(value) < 1e15 else str(value)
+        exact = str(int(value)) if float(value).is_integer() else str(value)
+        return any(form in text.replace(",", "") for form in (plain, exact)) or (float(value) in _spelt_numbers(text))
+    words = re.findall(r"[a-z]{3,}|\d+", str(value).lower())
+    if not words:
+        return str(value).lower() in text
+    return any(word.lstrip("0") in text for word in words)
+
+
+_NUMBER_WORDS = dict(
+    zip(
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
+        range(1, 13),
+        strict=True,
+    )
+)
+
+
+def _spelt_numbers(text: str) -> set[float]:
+    return {float(_NUMBER_WORDS[word]) for word in re.findall(r"[a-z]+", text) if word in _NUMBER_WORDS}
+
+
+def repair(data: DataSet, *, drop_unstated: Sequence[str] = ("seal-tools",)) -> DataSet:
+    """Make calls and schemas agree, so that every gold call is one that its tool's schema allows.
+
+    Published rows disagree with their schemas in three ways, each mended once for a tool, never for a single request,
+    so that a schema tells nothing about the answer:
+
+    - a value of another type ("36.9" for a number) is converted where nothing is lost, else the argument becomes
+      a string;
+    - an argument that the schema requires but that some call leaves out becomes optional;
+    - training rows of the sources in `drop_unstated` lose arguments whose value their request does not state, and rows
+      that refer to an earlier call's result by a place holder (`API_call_0`) are left out: learning them is learning
+      to invent values. Rows of split dev keep theirs.
+    """
+    calls: list[CallRecord] = []
+    for record in data.calls:
+        if record.split == "train" and record.source in drop_unstated:
+            if any("API_call_" in str(value) for call in record.calls for value in call.arguments.values()):
+                continue
+            kept = [
+                Call(call.tool, {k: v for k, v in call.arguments.items() if states(record.query, v)})
+                for call in record.calls
+            ]
+            record = replace(record, calls=tuple(kept))
+        calls.append(record)
+
+    as_text: dict[str, set[str]] = defaultdict(set)
+    always: dict[str, set[str]] = {}
+    for record in calls:
+        for call in record.calls:
+            tool = data.tools[call.tool]
+            always[tool.id] = always.get(tool.id, set(tool.required)) & call.arguments.keys()
+            for name, value in call.arguments.items():
+                schema = tool.properties[name]
+                if not fits_type(_coerced(value, schema), schema):
+                    as_text[tool.id].add(name)
+
+    tools = {}
+    for tool in data.tools.values():
+        properties = dict(tool.properties)
+        for name in as_text.get(tool.id, ()):
+            description = properties[name].get("description")
+            properties[name] = {"type": "string", **({"description": description} if description else {})}
+        required = [name for name in tool.required if name in always.get(tool.id, set(tool.required))]
+        parameters = {**tool.parameters, "type": "object", "properties": properties, "required": required}
+        tools[tool.id] = replace(tool, parameters=parameters)
+
+    def mended(call: Call) -> Call:
+        properties = tools[call.tool].properties
+        arguments = {}
+        for name, schema in properties.items():
+            if name in call.arguments:
+                value = _coerced(call.arguments[name], schema)
+                text = name in as_text.get(call.tool, ()) and not isinstance(value, str)
+                arguments[name] = json.dumps(value) if text else value
+        return Call(call.tool, arguments)
+
+    return DataSet(tools, tuple(replace(record, calls=tuple(map(mended, record.calls))) for record in calls))

@@ -1,0 +1,95 @@
+"""Words for the parts of a sample that no data set has: tool results, answers, refusals and small talk.
+
+The phrases stand in `phrases/*.yaml`; this module draws from them. It knows nothing of registries or prompts.
+"""
+
+import random
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from loragen_agents.data.augmentation import split_words
+from loragen_agents.data.phrases import phrases
+
+_OPENERS = frozenset(phrases("words")["openers"].split())
+
+
+def unserved_answer(rng: random.Random) -> str:
+    """Draw what to say where no tool serves a request."""
+    return rng.choice(phrases("answers")["unserved"])
+
+
+def final_answer(results: list[str], failed: bool, rng: random.Random) -> str:
+    """Draw what to say once the tools have given `results`, the last of them an error where `failed`."""
+    template = rng.choice(phrases("answers")["failed" if failed else "reported"])
+    return template.format(result=results[-1] if failed else " ".join(results)).strip()
+
+
+def joined_request(first: str, second: str, rng: random.Random) -> str:
+    """Draw one request that asks for two things, one after the other."""
+    template = rng.choice(phrases("answers")["joined"])
+    words = second.split(maxsplit=1)
+    # A name or "I" keeps its capital; ordinary opening words lose theirs behind "Then ".
+    if words and words[0].lower() in _OPENERS and not template.startswith(("First", "Two", "{first} {second}")):
+        second = second[0].lower() + second[1:]
+    first = first if first.rstrip()[-1:] in ".!?" else first.rstrip() + "."
+    return template.format(first=first, second=second)
+
+
+def received_file(rng: random.Random) -> tuple[str, str]:
+    """Draw an earlier turn in which the user hands over a file, and what the assistant said to it."""
+    entry = rng.choice(phrases("answers")["received"])
+    suffix = "png" if "image" in entry["request"] else rng.choice(("png", "jpg", "pdf", "txt", "csv", "wav"))
+    folder = "image" if suffix in ("png", "jpg") else "files"
+    name = f"{folder}/{''.join(rng.choices(string.ascii_lowercase, k=8))}.{suffix}"
+    return entry["request"].format(file=name), entry["answer"]
+
+
+def small_talk(rng: random.Random) -> tuple[str, str]:
+    """Draw a request that takes no tool, and its answer."""
+    group = rng.choice(phrases("chat")["groups"])
+    slots = rng.choice(group.get("slots", [{}]))
+    user, answer = (rng.choice(group[side].splitlines()) for side in ("user", "ai"))
+    return user.format(**slots), answer.format(**slots)
+
+
+def _kind(name: str, description: str) -> str:
+    verbs: Mapping[str, list[str]] = phrases("results")["verbs"]
+    for word in [*split_words(name)[:1], *split_words(description)[:1]]:
+        for kind, members in verbs.items():
+            if word in members or (word.endswith("s") and word[:-1] in members):
+                return kind
+    return "other"
+
+
+def tool_result(
+    name: str, description: str, arguments: Mapping[str, Any], rng: random.Random, *, error: bool = False
+) -> str:
+    """Draw a result on one line that a tool of this name and description might give for a call.
+
+    Args:
+        error: draw an error message in place of a result.
+    """
+    book = phrases("results")
+    values = [text for text in map(str, arguments.values()) if 0 < len(text) <= 60 and "\n" not in text]
+    templates = book["errors"] if error else book["results"][_kind(name, description)]
+    template = rng.choice([text for text in templates if values or "{value}" not in text])
+
+    class Slots(dict):
+        def __missing__(self, key: str) -> str:
+            if key == "value":
+                return rng.choice(values)
+            if key == "count":
+                return str(rng.randint(2, 40))
+            if key == "number":
+                return str(rng.choice((rng.randint(1, 20), rng.randint(20, 5000), round(rng.uniform(0, 300), 2))))
+            if key == "percent":
+                return str(rng.randint(1, 99))
+            if key == "time":
+                return f"{rng.randint(0, 23):02d}:{rng.choice((0, 5, 15, 20, 30, 45)):02d}"
+            if key == "code":
+                return "".join(rng.choices(string.ascii_uppercase + string.digits, k=rng.randint(4, 8)))
+            return rng.choice(book["names"])
+
+    formatter = string.Formatter()
+    return formatter.vformat(template, (), Slots()).strip()

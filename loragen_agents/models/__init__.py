@@ -1,0 +1,1 @@
+"""Language models: where they come from, how they are kept, and loaded."""
