@@ -39,12 +39,8 @@ from loragen_agents.edge.decoding import Completion
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import DEFAULT_MODEL, LanguageModel
 from loragen_agents.registry import InputFormat, ToolRegistry
-from loragen_agents.specialization.specialize import (
-    Specialization,
-    shared_generator,
-    shared_language_model,
-    specialize,
-)
+from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
+from loragen_agents.specialization.specialize import Specialization, specialize
 
 ToolLike = dict[str, Any] | type | Callable[..., Any] | BaseTool
 

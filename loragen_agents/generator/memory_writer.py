@@ -10,8 +10,9 @@ from threading import Lock
 import torch
 from torch import nn
 
-from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.generator.tool_memory import ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import read_tools

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.data.episodes import Episode, Part
 from loragen_agents.generator import LoRAGenerator

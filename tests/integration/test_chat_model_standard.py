@@ -6,7 +6,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from loragen_agents import LoRAGenChatModel
-from loragen_agents.specialization.specialize import shared_language_model
+from loragen_agents.specialization.shared_models import shared_language_model
 
 
 class TestLoRAGenChatModelIntegration(ChatModelIntegrationTests):

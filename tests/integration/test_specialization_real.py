@@ -7,7 +7,8 @@ import pytest
 from loragen_agents import ToolRegistry
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import ToolStep, parse_step
-from loragen_agents.specialization.specialize import forget_specializations, shared_generator, specialize
+from loragen_agents.specialization.shared_models import shared_generator
+from loragen_agents.specialization.specialize import forget_specializations, specialize
 from loragen_agents.support.content import content_folder
 
 

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from loragen_agents import LoRAGenChatModel, ToolRegistry
 from loragen_agents.errors import PromptError, RegistryError
+from loragen_agents.specialization import shared_models
 from loragen_agents.specialization import specialize as specialization
 from tests.tiny_chat import tiny_generator, tiny_language_model
 
@@ -424,9 +425,9 @@ def test_pickling_takes_the_settings_and_no_weights(parts):
 
 
 def test_making_a_model_loads_nothing():
-    loaded = list(specialization._language_models._values)
+    loaded = list(shared_models._language_models._values)
     assert LoRAGenChatModel().asdict()["model"] == "smollm2-135m-instruct"
-    assert list(specialization._language_models._values) == loaded
+    assert list(shared_models._language_models._values) == loaded
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.edge.decoding import Completion, Decoder, Sampling
 from loragen_agents.edge.forward import LeanForward, ModuleForward, Runtime, _linear_in_float32
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator, memory_writer
 from loragen_agents.generator.checkpoint import ModelIdentity, resolve

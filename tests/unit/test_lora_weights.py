@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.errors import CheckpointError
 from loragen_agents.models.language_models import PROJECTIONS, gated_ffn_layers
 from tests.tiny_models import SIZES, tiny_model

@@ -13,6 +13,7 @@ from loragen_agents import Tool, ToolRegistry
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+from loragen_agents.specialization import disk_cache
 from loragen_agents.specialization import specialize as specialization
 from loragen_agents.specialization.specialize import Specialization, forget_specializations, specialize
 from tests.tiny_chat import tiny_generator, tiny_language_model
@@ -142,7 +143,7 @@ def test_a_folder_that_another_process_wrote_meanwhile_is_left_alone(parts, fold
     first = specialize(REGISTRY, **parts)
     forget_specializations()
     kept = folder / first.key
-    monkeypatch.setattr(specialization, "_read", lambda path: None)
+    monkeypatch.setattr(disk_cache, "read", lambda path: None)
     made = specialize(REGISTRY, **parts)
     assert made.source == "generated"
     assert [path.name for path in folder.iterdir()] == [kept.name]
@@ -160,7 +161,7 @@ def test_what_a_crash_left_behind_does_no_harm(parts, folder):
 
 
 def test_memory_and_disk_are_bounded(parts, folder, monkeypatch):
-    monkeypatch.setattr(specialization, "DISK_ENTRIES", 3)
+    monkeypatch.setattr(disk_cache, "DISK_ENTRIES", 3)
     monkeypatch.setattr(specialization._specializations, "limit", 2)
     texts = ["a", "b", "c", "d"]
     made = {text: specialize(REGISTRY, text, **parts) for text in texts}

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from loragen_agents.adapter.lora_weights import LoRAWeights, apply_lora
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.generator.tool_memory import PieceKind, ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import (
