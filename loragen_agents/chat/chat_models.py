@@ -33,7 +33,7 @@ from loragen_agents.chat.settings import (
     read_tool_choice,
 )
 from loragen_agents.chat.structured_output import output_parser, schema_tool
-from loragen_agents.conversation.react import Answer, AnswerDelta, InvalidStep, Step, StepStream
+from loragen_agents.conversation.react import Answer, AnswerDelta, InvalidStep, Step, StepEvent, StepStream
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion
 from loragen_agents.generator import LoRAGenerator
@@ -323,8 +323,8 @@ class LoRAGenChatModel(BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancel: threading.Event
     ) -> ChatResult:
         outcome = None
-        for event in self._run(messages, stop, kwargs, cancel):
-            if isinstance(event, _Outcome):
+        for event in self.steps(messages, stop, cancel, **kwargs):
+            if isinstance(event, StepOutcome):
                 outcome = event
         assert outcome is not None
         message = step_message(outcome.step)
@@ -334,18 +334,41 @@ class LoRAGenChatModel(BaseChatModel):
     def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancel: threading.Event
     ) -> Iterator[ChatGenerationChunk]:
-        for event in self._run(messages, stop, kwargs, cancel):
-            if isinstance(event, str):
-                yield ChatGenerationChunk(message=AIMessageChunk(content=event))
+        for event in self.steps(messages, stop, cancel, **kwargs):
+            if isinstance(event, AnswerDelta):
+                yield ChatGenerationChunk(message=AIMessageChunk(content=event.text))
+            if not isinstance(event, StepOutcome):
                 continue
             last = last_chunk(event.step)
             last.response_metadata, last.usage_metadata = event.metadata, event.usage
             yield ChatGenerationChunk(message=last)
 
-    def _run(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], cancel: threading.Event
-    ) -> Iterator["str | _Outcome"]:
-        """One step of the model: the pieces of its answer as they come, then the outcome."""
+    def steps(
+        self,
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None = None,
+        cancel: threading.Event | None = None,
+        **kwargs: Any,
+    ) -> "Iterator[StepEvent | StepOutcome]":
+        """Decode one step of the model; for callers who want a call's name and input while it is written.
+
+        Closing the iterator stops the decoding.
+
+        Args:
+            messages: the conversation.
+            stop: texts that end an answer; default: the field's.
+            cancel: set it, from any thread, to stop before the next token; the outcome then has what was written.
+            kwargs: settings of this call in the place of the fields, as `bind` takes them.
+
+        Yields:
+            What has become certain (`ActionKnown` and `InputDelta` of a call, `AnswerDelta` of an answer), then the
+            outcome. A call of which parts were given may still turn out invalid in the outcome.
+
+        Raises:
+            PromptError: the messages or a setting can't be used.
+            RegistryError: a tool that can't be used.
+            GrammarError: the tools or the tool choice can't be turned into a grammar.
+        """
         started = time.perf_counter()
         fields = {name: getattr(self, name) for name in SETTINGS}
         call = read_settings(fields, kwargs, self.stop if stop is None else stop, self.input_format)
@@ -358,17 +381,21 @@ class LoRAGenChatModel(BaseChatModel):
         try:
             for delta in decoding:
                 for event in reader.feed(delta):
-                    if isinstance(event, AnswerDelta) and (piece := answer.feed(event.text)):
-                        yield piece
+                    if not isinstance(event, AnswerDelta):
+                        yield event
+                    elif piece := answer.feed(event.text):
+                        yield AnswerDelta(piece)
                 if reader.finished or answer.stopped:
                     break
         finally:
             decoding.close()
         for event in reader.flush():
-            if isinstance(event, AnswerDelta) and (piece := answer.feed(event.text)):
-                yield piece
+            if not isinstance(event, AnswerDelta):
+                yield event
+            elif piece := answer.feed(event.text):
+                yield AnswerDelta(piece)
         if piece := answer.flush():
-            yield piece
+            yield AnswerDelta(piece)
         completion = decoding.completion
         complete = completion.finish_reason == "stop" or reader.finished or answer.stopped
         step = reader.close(cut_off=not complete)
@@ -380,7 +407,7 @@ class LoRAGenChatModel(BaseChatModel):
         if decoding.tools is not None:
             metadata["tool_call_probability"] = decoding.tools.calls_tool
             metadata["tool_probabilities"] = decoding.tools.tools
-        yield _Outcome(
+        yield StepOutcome(
             step,
             metadata,
             UsageMetadata(
@@ -513,7 +540,7 @@ class LoRAGenChatModel(BaseChatModel):
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class StepOutcome:
     """How a step ended: what the model said, and the figures of the way there."""
 
     step: Step

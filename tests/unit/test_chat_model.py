@@ -1,6 +1,7 @@
 """The chat model on tiny random models: whatever these say, LangChain's shape must hold."""
 
 import asyncio
+import json
 import pickle
 import threading
 import time
@@ -14,10 +15,12 @@ from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackH
 from langchain_core.exceptions import OutputParserException
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.utils.function_calling import convert_to_openai_tool as openai_dict
 from pydantic import BaseModel, ValidationError
 from typing_extensions import TypedDict
 
 from loragen_agents import LoRAGenChatModel, ToolRegistry
+from loragen_agents.conversation.react import ActionKnown, AnswerDelta, InputDelta
 from loragen_agents.errors import PromptError, RegistryError
 from loragen_agents.specialization import shared_models
 from loragen_agents.specialization import specialize as specialization
@@ -402,6 +405,26 @@ def test_langchains_response_cache(model, decodings):
     assert len(decodings) == 1
     cached.bind_tools([pick], tool_choice="none").invoke("Hello")
     assert len(decodings) == 2
+
+
+def test_steps_give_a_call_while_it_is_written(caller):
+    *events, outcome = caller.steps([HumanMessage("Hello")], tools=[openai_dict(pick)], tool_choice="pick")
+    assert events[0] == ActionKnown("pick")
+    assert all(isinstance(event, InputDelta) for event in events[1:])
+    assert json.loads("".join(event.text for event in events[1:])) == {"number": 3, "colour": "red"}
+    assert outcome.step.arguments == {"number": 3, "colour": "red"}
+    assert outcome.usage["output_tokens"] > 0
+
+
+def test_steps_end_where_they_are_cancelled(model):
+    cancel = threading.Event()
+    steps = model.steps([HumanMessage("Hello")], None, cancel)
+    first = next(steps)
+    cancel.set()
+    *_, outcome = steps
+    assert isinstance(first, AnswerDelta)
+    assert outcome.metadata["finish_reason"] == "cancelled"
+    assert outcome.usage["output_tokens"] < 16
 
 
 def test_serialisation(parts):
