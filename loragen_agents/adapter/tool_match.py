@@ -1,9 +1,8 @@
 """Tools matched by state: which of a registry's tools a request looks like, inside the model and without a word.
 
 A tool's keys are what the edge LM's FFNs held when the tool's description stood in the place of a request; a request's
-are the same places of its own prompt. In the same way a tool's optional arguments are matched: which of them a request
-gives. A `ToolMatch` is a plain value, made by the generator together with the LoRA weights of a registry; it knows
-nothing of models, prompts or how a choice is made of it.
+are the same places of its own prompt. A `ToolMatch` is a plain value, made by the generator together with the LoRA
+weights of a registry; it knows nothing of models, prompts or how a choice is made of it.
 """
 
 from dataclasses import dataclass
@@ -17,16 +16,7 @@ from torch import Tensor
 
 from loragen_agents.errors import CheckpointError
 
-_TENSORS = (
-    "decision_keys",
-    "name_keys",
-    "backgrounds",
-    "weights",
-    "threshold",
-    "argument_keys",
-    "argument_counts",
-    "argument_threshold",
-)
+_TENSORS = ("decision_keys", "name_keys", "backgrounds", "weights", "threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +26,9 @@ class ToolMatch:
     layers: edge layers whose inputs of `down_proj` are compared.
     decision_keys, name_keys: (layers, tools, intermediate size), normalised; where a tool is decided on, and where its
         name begins.
-    backgrounds: (3, layers, intermediate size), taken off a request's activations there, there and behind
-        `Action Input:`.
-    weights: (3, layers), of the layers' cosines at these places.
+    backgrounds: (2, layers, intermediate size), taken off a request's activations at these places.
+    weights: (2, layers), of the layers' cosines at these places.
     threshold: scalar, the logit of calling no tool.
-    argument_keys: (layers, arguments, intermediate size), normalised; of one tool after another.
-    argument_counts: (tools,), how many of these each tool has: as many as it has arguments, or fewer, and then those
-        of its first arguments; 0 where there is nothing to choose.
-    argument_threshold: scalar, taken off the logit of an argument.
     """
 
     layers: tuple[int, ...]
@@ -52,9 +37,6 @@ class ToolMatch:
     backgrounds: Tensor
     weights: Tensor
     threshold: Tensor
-    argument_keys: Tensor
-    argument_counts: Tensor
-    argument_threshold: Tensor
 
     def decide(self, activations: Tensor) -> Tensor:
         """Logits of each tool, and last of none, with shape (requests, tools + 1).
@@ -71,22 +53,6 @@ class ToolMatch:
         """
         return self._cosines(1, self.name_keys, activations)
 
-    def matches_arguments(self, tool: int) -> bool:
-        """Whether there are keys for the arguments of the registry's tool at this index."""
-        return int(self.argument_counts[tool]) > 0
-
-    def given(self, tool: int, activations: Tensor) -> Tensor:
-        """Logits of each argument of one tool being given by the request, with shape (requests, arguments).
-
-        tool: index in the registry.
-        activations: inputs of `down_proj` at the requests' own `Action Input:`, behind the tool's name, with shape
-            (layers, requests, intermediate).
-        """
-        counts = self.argument_counts.tolist()
-        start = sum(counts[:tool])
-        keys = self.argument_keys[:, start : start + counts[tool]]
-        return self._cosines(2, keys, activations) - self.argument_threshold
-
     def _cosines(self, place: int, keys: Tensor, activations: Tensor) -> Tensor:
         x = F.normalize(activations.to(keys) - self.backgrounds[place][:, None], dim=-1)
         return torch.einsum("l,lri,lti->rt", self.weights[place], x, keys)
@@ -94,7 +60,6 @@ class ToolMatch:
     def save(self, path: Path) -> None:
         """Write the tensors as float32 safetensors."""
         tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in _TENSORS}
-        tensors["argument_counts"] = tensors["argument_counts"].long()
         save_file(tensors, path, metadata={"layers": ",".join(map(str, self.layers))})
 
     @classmethod

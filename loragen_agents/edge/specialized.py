@@ -75,8 +75,7 @@ class SpecializedLM:
 
         grammar: hold the step to the registry's names and schemas; without it, text is free and `tool_choice` unused.
         score_tools: where the model has to choose among tools, under the grammar and greedily, score all of them (see
-            `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities. Which optional
-            arguments the call has is chosen in the same way, also where the tool is given.
+            `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities.
         A step ends behind a tool call (`Observation:` is not part of it), or with the answer.
 
         Raises:
@@ -121,11 +120,9 @@ class SpecializedLM:
         # Nothing is scored for a caller who has gone; decoding then ends before its first token.
         if cancel is not None and cancel.is_set():
             return False
-        if sampling.temperature > 0 or tool_choice == "none":
+        if sampling.temperature > 0 or tool_choice not in ("auto", "any"):
             return False
-        if tool_choice in ("auto", "any"):
-            return len(self.registry) > 1 or self.match is not None
-        return tool_choice in self.registry and self.scorer.matches_arguments(tool_choice)
+        return len(self.registry) > 1 or self.match is not None
 
     def score(
         self,
@@ -137,30 +134,17 @@ class SpecializedLM:
     ) -> "ScoredPrompt":
         """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen.
 
-        prompt: ends in `THOUGHT_QUESTION`. opening: whether no step was taken in the open turn yet.
+        prompt: ends in `THOUGHT_QUESTION`. tool_choice: "auto" or "any". opening: whether no step was taken in the open
+            turn yet.
         scorer: in place of the model's own.
         """
         started = time.perf_counter()
         scorer = scorer or self.scorer
-        if tool_choice in ("auto", "any"):
-            request = scorer.read(prompt)
-            tools = scorer(request, opening=opening)
-            chosen = tools.best if tool_choice == "any" else tools.chosen
-        else:
-            request, tools, chosen = scorer.read(prompt, tool_choice), None, tool_choice
-        given = {} if chosen is None else scorer.arguments(request, chosen)
-        grammar = self.grammar("none") if chosen is None else self._call_grammar(chosen, given, scorer.weights.sure)
+        request = scorer.read(prompt)
+        tools = scorer(request, opening=opening)
+        chosen = tools.best if tool_choice == "any" else tools.chosen
+        grammar = self.grammar("none" if chosen is None else chosen)
         return ScoredPrompt(request.prompt, grammar, tools, time.perf_counter() - started)
-
-    def _call_grammar(self, tool: str, given: dict[str, float], sure: float) -> ToolGrammar:
-        """The grammar of a call of one tool: with the arguments that the request surely gives, without the others."""
-        needed = {name for name, probability in given.items() if probability >= sure}
-        left_out = {name for name, probability in given.items() if 1 - probability > sure}
-        held = self.registry[tool].with_arguments(needed, left_out)
-        if held is self.registry[tool]:
-            return self.grammar(tool)
-        registry = ToolRegistry([held], input_format=self.registry.input_format)
-        return ToolGrammar(registry, cast(PreTrainedTokenizerFast, self.edge.tokenizer), tool)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.
@@ -184,11 +168,11 @@ class SpecializedLM:
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """A prompt that was read and whose tool is chosen; seconds: what that took. tools: None where it was given."""
+    """A prompt that was read and whose tool is chosen; seconds: what that took."""
 
     read: ReadPrompt
     grammar: ToolGrammar
-    tools: ToolProbabilities | None
+    tools: ToolProbabilities
     seconds: float
 
     def completed(self, completion: Completion) -> Completion:

@@ -1,6 +1,4 @@
-"""Which tool a request calls for, and which of its optional arguments the request gives.
-
-Names are scored behind `Action:`, and the tools are matched by state, as are arguments.
+"""Which tool a request calls for: names are scored behind `Action:`, and the tools are matched by state.
 
 It costs no prompt tokens and gives a probability for every tool, and for calling none. What a request looks like inside
 the model (see `ToolMatch`) and what the model would write are two witnesses; how much each counts is in
@@ -8,7 +6,7 @@ the model (see `ToolMatch`) and what the model would write are two witnesses; ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -42,9 +40,6 @@ class ChoiceWeights:
     floor: logit of the likeliest tool, in the match at `Action:`, that speaks neither for a call nor against it; what
         it has above, or lacks, is added to the match's log-odds of the decision. Not with a single tool.
     bias: added to the log-odds of a request; above 0, tools are called more readily.
-    sure: from this probability on, the state match alone says that a request gives an optional argument, or that it
-        does not; what lies between is the model's own choice, and with 1 all of it. Needs a match with keys for
-        arguments (`LoRAGenerator.generate_with_match`). On the dev set it wins nothing with the checkpoint that ships.
     """
 
     prior: float = 0.0
@@ -52,7 +47,6 @@ class ChoiceWeights:
     decision: float = 1.0
     floor: float = 4.0
     bias: float = 0.0
-    sure: float = 1.0
 
 
 NAMES_ALONE = ChoiceWeights(match=0.0, decision=0.0, bias=0.0)
@@ -80,13 +74,11 @@ class ToolProbabilities:
 class ReadRequest:
     """A prompt that was read for scoring.
 
-    prompt: up to `THOUGHT_QUESTION`. called: on to `Action:`; None where the tool is given. steps: of tools whose step
-    was read, on to `Action Input:`.
+    prompt: up to `THOUGHT_QUESTION`. called: on to `Action:`.
     """
 
     prompt: ReadPrompt
-    called: ReadPrompt | None
-    steps: dict[str, ReadPrompt] = field(default_factory=dict)
+    called: ReadPrompt
 
 
 class ToolScorer:
@@ -135,22 +127,16 @@ class ToolScorer:
             self._priors = torch.tensor(scores).mean(dim=0).tolist()
         return self._priors
 
-    def read(self, prompt: Sequence[int], tool: str | None = None) -> ReadRequest:
-        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it.
-
-        tool: the one that will be called, where that is known.
-        """
-        further = self._call if tool is None else [*self._call, *self._steps[tool]]
-        read, behind = self._decoder.read_parts([prompt, further], taps=self._taps)
-        return ReadRequest(read, behind) if tool is None else ReadRequest(read, None, {tool: behind})
+    def read(self, prompt: Sequence[int]) -> ReadRequest:
+        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
+        return ReadRequest(*self._decoder.read_parts([prompt, self._call], taps=self._taps))
 
     @torch.no_grad()
     def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
-        """Probabilities behind a request that `read` gave, without a tool.
+        """Probabilities behind a request that `read` gave.
 
         opening: whether no step was taken in the open turn yet.
         """
-        assert request.called is not None
         prompt, called, weights = request.prompt, request.called, self.weights
         yes_no = prompt.logits[[self._yes, self._no]].float()
         odds = (yes_no[0] - yes_no[1]).item()
@@ -175,7 +161,6 @@ class ToolScorer:
 
     def _with_names(self, request: ReadRequest, scores: torch.Tensor) -> torch.Tensor:
         """Scores with the log-probabilities of the names added, of hopeless ones with that of their first token."""
-        assert request.called is not None
         first = request.called.logits.float().log_softmax(dim=-1).cpu()
         bounds = scores + first[[name[0] for name in self._names]]
         likely = int(bounds.argmax())
@@ -190,38 +175,14 @@ class ToolScorer:
         return totals
 
     def _read_name(self, request: ReadRequest, place: int) -> float:
-        """Read the step of the tool at this place; return its name's log-probability."""
-        assert request.called is not None
-        tool, tokens = self._registry.names[place], self._names[place]
-        step = self._steps[tool]
+        """Log-probability of the name at this place. Its step is read to the end: it is likely to be decoded next."""
+        tokens = self._names[place]
+        step = self._steps[self._registry.names[place]]
         parts = [[token] for token in step[: len(tokens) - 1]] + [step[len(tokens) - 1 :]]
-        reads = self._decoder.read_parts(parts, behind=request.called, taps=self._taps)
-        request.steps[tool] = reads[-1]
+        reads = self._decoder.read_parts(parts, behind=request.called)
         before = [request.called, *reads[:-1]]
         scores = torch.stack([read.logits for read in before]).float().log_softmax(dim=-1)
         return scores[range(len(tokens)), tokens].sum().item()
-
-    def matches_arguments(self, tool: str) -> bool:
-        """Whether there is a match for the tool's optional arguments, and it counts."""
-        if self._match is None or self.weights.sure >= 1:
-            return False
-        return self._match.matches_arguments(self._registry.names.index(tool))
-
-    @torch.no_grad()
-    def arguments(self, request: ReadRequest, tool: str) -> dict[str, float]:
-        """Probability that each optional argument of `tool` is given; empty where nothing is matched."""
-        if self._match is None or not self.matches_arguments(tool):
-            return {}
-        index = self._registry.names.index(tool)
-        if tool not in request.steps:
-            step = [*self._call, *self._steps[tool]]
-            (request.steps[tool],) = self._decoder.read_parts([step], behind=request.prompt, taps=self._taps)
-        activations = request.steps[tool].activations
-        if activations is None:
-            return {}
-        probabilities = self._match.given(index, activations[:, None])[0].sigmoid().tolist()
-        named = zip(self._registry[tool].argument_names, probabilities, strict=False)
-        return {name: p for name, p in named if name not in self._registry[tool].required}
 
     @property
     def _taps(self) -> tuple[int, ...]:

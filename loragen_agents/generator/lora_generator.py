@@ -244,19 +244,15 @@ class LoRAGenerator(nn.Module):
 
     @torch.no_grad()
     def generate_with_match(
-        self, system_prompt: str, registry: ToolRegistry | None = None, *, match_arguments: bool = False
+        self, system_prompt: str, registry: ToolRegistry | None = None
     ) -> tuple[LoRAWeights, ToolMatch | None]:
-        """As `generate`, and what requests are matched with by state; None without a tool memory or tools.
-
-        match_arguments: whether the match has keys for optional arguments, too (see `ChoiceWeights.sure`). It takes one
-            more reading for each of them.
-        """
+        """As `generate`, and what requests are matched with by state; None without a tool memory or tools."""
         if self.training:
             raise RuntimeError("the generator is in training mode; call eval() before generate()")
         weights = self._produce(self._states([system_prompt], merged=True), 1).weights[0]
         if self.tool_memory is None or not registry:
             return weights, None
-        pieces, match = self.tool_memory(registry, weights, None if match_arguments else ())
+        pieces, match = self.tool_memory(registry, weights)
         return weights.concatenate(pieces), match
 
     def encode(self, system_prompt: str) -> list[int]:

@@ -4,7 +4,6 @@ Keeps what it has read, so that a registry grows or shrinks by a tool without re
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
 from threading import Lock
 
 import torch
@@ -39,39 +38,25 @@ class MemoryWriter(nn.Module):
         self._keep, self._kept = keep, OrderedDict[str, ToolReading]()
         self._lock = Lock()
 
-    def forward(
-        self, registry: ToolRegistry, beside: LoRAWeights, arguments_of: Collection[str] | None = None
-    ) -> tuple[LoRAWeights, ToolMatch]:
+    def forward(self, registry: ToolRegistry, beside: LoRAWeights) -> tuple[LoRAWeights, ToolMatch]:
         """The registry's pieces, and what requests are matched with.
 
         Gradients reach the memory's maps, not the weights beside which the tools are read.
-        arguments_of: names of the tools whose arguments will be matched; None for all.
         """
-        readings = self.read(registry, beside, arguments_of)
+        readings = self.read(registry, beside)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
 
-    def read(
-        self, registry: ToolRegistry, beside: LoRAWeights, arguments_of: Collection[str] | None = None
-    ) -> list[ToolReading]:
-        """Read a registry's tools with the edge LM and the weights `beside` in place; arguments as in `forward`."""
+    def read(self, registry: ToolRegistry, beside: LoRAWeights) -> list[ToolReading]:
+        """Read a registry's tools with the edge LM and the weights `beside` in place."""
         form = registry.input_format
-        keys = [
-            f"{tool.model_dump_json()}{form}{arguments_of is None or tool.name in arguments_of}" for tool in registry
-        ]
+        keys = [f"{tool.model_dump_json()}{form}" for tool in registry]
         with self._lock:
             kept = {key: self._kept[key] for key in keys if key in self._kept} if not self.training else {}
             missing = {key: tool for key, tool in zip(keys, registry, strict=True) if key not in kept}
             if missing:
                 edge, tools = self._edge[0], list(missing.values())
                 with torch.no_grad(), apply_lora(edge, beside.detach()):
-                    fresh = read_tools(
-                        edge,
-                        self._renderer,
-                        tools,
-                        self.memory.layers,
-                        form,
-                        arguments_of=arguments_of,
-                    )
+                    fresh = read_tools(edge, self._renderer, tools, self.memory.layers, form)
                 kept.update(zip(missing, fresh, strict=True))
             if not self.training:
                 for key in keys:

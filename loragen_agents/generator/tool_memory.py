@@ -56,14 +56,11 @@ class ToolReading:
     directions: what raises the logit of the token that is to come there, with shape (pieces, hidden size).
     kinds: a `PieceKind` for each piece, with shape (pieces,); each tool has one DECISION, NAME_START, INPUT
         and OWN_INPUT.
-    arguments: inputs of `down_proj` behind `Action Input:` where the request gives one argument each, in the order of
-        the tool's own, with shape (memory layers, arguments, intermediate size); None where there is nothing to choose.
     """
 
     activations: Tensor
     directions: Tensor
     kinds: Tensor
-    arguments: Tensor | None = None
 
 
 class ToolMemory(nn.Module):
@@ -74,9 +71,6 @@ class ToolMemory(nn.Module):
     OWN_INPUT, the mean of the registry's pieces of the same kind is taken off before norm. The value is
     v = e + V_l W_l e, where e is the piece's direction, centred in the same way and normalised. The update of
     `down_proj` is s_κl v kᵀ; as the INPUT pieces of all tools fire together, they share one s.
-
-    The arguments of a tool get keys in the same way, centred over the tool's own; they are matched with requests and
-    write nothing.
 
     layers: the edge layers that hold pieces, in order.
     """
@@ -109,11 +103,6 @@ class ToolMemory(nn.Module):
         self.match_weight = nn.Parameter(torch.full((count,), 20.0 / count))
         self.decision_weight = nn.Parameter(torch.full((count,), 20.0 / count))
         self.decision_threshold = nn.Parameter(torch.tensor(5.0))
-        self.argument_background = nn.Parameter(torch.zeros(count, intermediate_size))
-        self.argument_down = nn.Parameter(torch.randn(count, intermediate_size, key_rank) * 0.02)
-        self.argument_up = nn.Parameter(torch.zeros(count, key_rank, intermediate_size))
-        self.argument_weight = nn.Parameter(torch.full((count,), 20.0 / count))
-        self.argument_threshold = nn.Parameter(torch.tensor(0.0))
 
     def keys(self, readings: Sequence[ToolReading]) -> tuple[Tensor, Tensor]:
         """Keys of all pieces (memory layers, pieces, intermediate size), and the kind of each (pieces,)."""
@@ -145,7 +134,6 @@ class ToolMemory(nn.Module):
         for kind in PieceKind:
             if (kinds == kind).any():
                 self.background[kind] = x[:, kinds == kind].mean(dim=1)
-        self.argument_background.copy_(self.background[PieceKind.INPUT])
         for layer, rows in enumerate(activations.to(self.scale)):
             _, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
             self.common[layer] = vectors[:, -self.common.shape[-1] :]
@@ -169,28 +157,15 @@ class ToolMemory(nn.Module):
     def match(self, readings: Sequence[ToolReading]) -> ToolMatch:
         """What requests are matched with by state, with gradients."""
         keys, kinds = self.keys(readings)
-        argument_keys = [self._argument_keys(reading) for reading in readings]
         backgrounds = [self.background[PieceKind.DECISION], self.background[PieceKind.NAME_START]]
         return ToolMatch(
             self.layers,
             decision_keys=keys[:, kinds == PieceKind.DECISION],
             name_keys=keys[:, kinds == PieceKind.NAME_START],
-            backgrounds=torch.stack([*backgrounds, self.argument_background]),
-            weights=torch.stack([self.decision_weight, self.match_weight, self.argument_weight]),
+            backgrounds=torch.stack(backgrounds),
+            weights=torch.stack([self.decision_weight, self.match_weight]),
             threshold=self.decision_threshold,
-            argument_keys=torch.cat(argument_keys, dim=1),
-            argument_counts=torch.tensor([keys.shape[1] for keys in argument_keys]),
-            argument_threshold=self.argument_threshold,
         )
-
-    def _argument_keys(self, reading: ToolReading) -> Tensor:
-        """Keys of a tool's arguments: what sets the reading of each apart from the others and from that of none."""
-        if reading.arguments is None:
-            return self.scale.new_zeros(len(self.layers), 0, self.background.shape[-1])
-        x = reading.arguments.to(self.scale)
-        none = reading.activations[:, reading.kinds == PieceKind.OWN_INPUT].to(self.scale)
-        centred = x - torch.cat([x, none], dim=1).mean(dim=1, keepdim=True)
-        return F.normalize(centred + torch.bmm(torch.bmm(centred, self.argument_down), self.argument_up), dim=-1)
 
 
 def _kinds(readings: Sequence[ToolReading]) -> Tensor:

@@ -4,16 +4,16 @@ Knows prompts and the edge LM; what keys and values become of the states is `too
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
-from loragen_agents.conversation.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL, tool_step_head
+from loragen_agents.conversation.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
 from loragen_agents.generator.tool_memory import PieceKind, ToolReading
 from loragen_agents.models.language_models import gated_ffn_layers
 from loragen_agents.registry import InputFormat, Tool
@@ -24,8 +24,6 @@ _OPENING = ' {"'
 MAX_DESCRIPTION = 400
 # Each token of an argument's name adds one to the rank of the weights.
 MAX_ARGUMENTS = 8
-# Of the texts that say that an argument is given: what the tool does, and what the argument is.
-_MAX_PURPOSE, _MAX_ARGUMENT = 160, 80
 
 
 @dataclass(frozen=True)
@@ -106,28 +104,6 @@ def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat
     return made
 
 
-def chooses_arguments(tool: Tool, input_format: InputFormat) -> bool:
-    """Whether calls of a tool differ in the arguments that they give, and an input says which it gives."""
-    return input_format == "json" and any(name not in tool.required for name in tool.argument_names[:MAX_ARGUMENTS])
-
-
-def argument_texts(renderer: PromptRenderer, tool: Tool) -> list[list[int]]:
-    """For each of a tool's arguments: a request that gives it, and the step up to `Action Input:`, as token ids.
-
-    `Please find flights. Airline: the airline's name`, where the schema describes the argument.
-    """
-    purpose = description_as_request(tool)[:_MAX_PURPOSE].rstrip(". ")
-    step = renderer.encode_text(tool_step_head(tool.name))
-    rows = []
-    for name in tool.argument_names[:MAX_ARGUMENTS]:
-        schema = tool.parameters["properties"][name]
-        described = " ".join(str(schema.get("description") or "").split()) if isinstance(schema, dict) else ""
-        words = _in_words(name)
-        request = f"{purpose}. {words[:1].upper()}{words[1:]}: {described[:_MAX_ARGUMENT]}".rstrip(": ")
-        rows.append(renderer.user_turn([Turn(request)]) + step)
-    return rows
-
-
 def _example(tool: Tool, argument: str, written: str) -> str:
     schema = tool.parameters["properties"][argument]
     numeric = isinstance(schema, dict) and schema.get("type") in ("number", "integer")
@@ -145,13 +121,11 @@ def read_tools(
     layers: Sequence[int],
     input_format: InputFormat = "json",
     max_tokens: int = 2048,
-    arguments_of: Collection[str] | None = None,
 ) -> list[ToolReading]:
     """Read tools in a few batches of similar length, each at most `max_tokens` long with its padding.
 
     model: the edge LM with its format weights in place and no memory.
     layers: the memory's layers.
-    arguments_of: names of the tools whose arguments are read, where they leave a choice; None for all.
     """
     texts = [reading_text(renderer, tool, input_format) for tool in tools]
     readings: list[ToolReading] = []
@@ -160,17 +134,6 @@ def read_tools(
         directions = _logit_directions(model, text.raised) - _logit_directions(model, text.lowered)
         kinds = torch.tensor([int(kind) for kind in text.kinds])
         readings.append(ToolReading(activations, directions, kinds))
-    chosen = [
-        place
-        for place, tool in enumerate(tools)
-        if chooses_arguments(tool, input_format) and (arguments_of is None or tool.name in arguments_of)
-    ]
-    rows = {place: argument_texts(renderer, tools[place]) for place in chosen}
-    wanted = [(ids, [len(ids) - 1]) for requests in rows.values() for ids in requests]
-    found = iter(_captured(model, layers, wanted, max_tokens))
-    for place, requests in rows.items():
-        own = torch.cat([next(found) for _ in requests], dim=1)
-        readings[place] = replace(readings[place], arguments=own)
     return readings
 
 

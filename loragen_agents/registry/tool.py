@@ -5,7 +5,7 @@ Says what makes a tool usable. Knows nothing of sets of tools, files, models or 
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -14,7 +14,6 @@ from loragen_agents.errors import RegistryError
 from loragen_agents.registry import json_schema
 
 InputFormat = Literal["csv", "json"]
-_NOTES = ("title", "description", "$schema", "$id", "$comment", "examples")
 
 
 class Tool(BaseModel):
@@ -94,20 +93,6 @@ class Tool(BaseModel):
     def required(self) -> frozenset[str]:
         """Names of the arguments that every call must give."""
         return frozenset(self.parameters.get("required", ()))
-
-    def with_arguments(self, needed: Collection[str], left_out: Collection[str]) -> "Tool":
-        """This tool with `needed` among the required arguments and without those of `left_out`.
-
-        The tool itself where nothing changes, and where its schema says more of its arguments than one by one.
-        """
-        plain = self.parameters.keys() <= {"type", "properties", "required", "additionalProperties", *_NOTES}
-        if not plain or not (set(needed) | set(left_out)) - self.required:
-            return self
-        properties = self.parameters["properties"]
-        kept = {name: schema for name, schema in properties.items() if name not in left_out or name in self.required}
-        required = [name for name in kept if name in self.required or name in needed]
-        parameters = {**self.parameters, "properties": kept, "required": required}
-        return Tool(name=self.name, description=self.description, parameters=parameters)
 
     def types_of(self, argument: str) -> frozenset[str]:
         """JSON types that the argument's schema admits."""

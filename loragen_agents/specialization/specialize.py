@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # A specialised SmolLM2-135M holds 160 MB of merged FFN weights of its own.
 MEMORY_ENTRIES = 4
 # Goes into the key; raise it when what is written changes.
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)

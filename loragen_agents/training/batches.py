@@ -20,8 +20,6 @@ class TokenizedSample:
     choice: index of the gold tool in the registry, None where the gold is an answer.
     action_place: index in `input_ids` of the last token of `Action:`, None where the gold is an answer.
     opening: whether no step has been taken in the open turn, so that the request alone decides.
-    input_place: index in `input_ids` of the last token of `Action Input:`, None where the gold is an answer.
-    given: whether the gold call gives each of its tool's arguments; None for those that it has to give.
     """
 
     input_ids: list[int]
@@ -29,8 +27,6 @@ class TokenizedSample:
     choice: int | None
     action_place: int | None
     opening: bool = True
-    input_place: int | None = None
-    given: tuple[bool | None, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -65,7 +61,4 @@ def tokenize_sample(
         parts.append(PARTS.index("answer"))
         return TokenizedSample(prompt + ids, parts, None, None, opening)
     choice = episode.registry.names.index(sample.gold.name)
-    tool = episode.registry[sample.gold.name]
-    given = tuple(None if name in tool.required else name in sample.gold.arguments for name in tool.argument_names)
-    action_place, input_place = (len(prompt) + first[part] - 1 for part in ("name", "arguments"))
-    return TokenizedSample(prompt + ids, parts, choice, action_place, opening, input_place, given)
+    return TokenizedSample(prompt + ids, parts, choice, len(prompt) + first["name"] - 1, opening)

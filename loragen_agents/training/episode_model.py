@@ -130,7 +130,7 @@ class EpisodeModel(nn.Module):
         activations, readings = [], []
         for episode in episodes:
             beside = self._trained(self.generator.generate(self._renderer[0].definitions(episode.registry)))
-            readings += writer.read(episode.registry, beside, arguments_of=())
+            readings += writer.read(episode.registry, beside)
             for batch in self._batches(episode.samples, share=False):
                 kept = torch.zeros_like(batch.ids, dtype=torch.bool)
                 for row, index in enumerate(batch.rows):
@@ -146,15 +146,13 @@ class EpisodeModel(nn.Module):
         writer = self.generator.tool_memory
         match: ToolMatch | None = None
         if writer is not None and episode.registry:
-            golds = {episode.registry.names[s.choice] for s in episode.samples if s.choice is not None}
-            pieces, match = writer(episode.registry, weights, golds)
+            pieces, match = writer(episode.registry, weights)
             weights = weights.concatenate(pieces)
         tools = len(episode.registry)
         all_parts = torch.tensor([part for sample in episode.samples for part in sample.parts])
         counts = torch.bincount(all_parts, minlength=len(PARTS)).tolist()
         calls = sum(sample.choice is not None for sample in episode.samples)
         openings = sum(sample.opening for sample in episode.samples)
-        choosing = sum(_chooses(sample, match) for sample in episode.samples)
         loss = torch.zeros((), device=self._edge[0].device)
         with apply_lora(self._edge[0], weights):
             for batch in self._batches(episode.samples):
@@ -179,22 +177,7 @@ class EpisodeModel(nn.Module):
                     logits = match.decide(at(asked))
                     choices = [tools if s.choice is None else s.choice for s in chunk if s.opening]
                     loss = loss + self.match_weight * self._match("serves", logits, choices) / openings
-                for sample, x in zip(chunk, _each(at, [s.input_place for s in chunk]), strict=True):
-                    if x is not None and _chooses(sample, match):
-                        loss = loss + self.match_weight * self._given(sample, match, x) / choosing
         return loss
-
-    def _given(self, sample: TokenizedSample, match: ToolMatch, x: Tensor) -> Tensor:
-        """Mean cross entropy of the match of a gold tool's optional arguments; its rates are counted."""
-        assert sample.choice is not None
-        logits = match.given(sample.choice, x[:, None])[0]
-        optional = [(n, given) for n, given in enumerate(sample.given[: len(logits)]) if given is not None]
-        chosen = logits[[n for n, _ in optional]]
-        gold = torch.tensor([float(given) for _, given in optional if given is not None], device=logits.device)
-        entropy = F.binary_cross_entropy_with_logits(chosen, gold, reduction="none")
-        self.rates.add("loss_given", entropy)
-        self.rates.add("given", ((chosen > 0) == (gold > 0.5)).all()[None])
-        return entropy.mean()
 
     def _match(self, name: str, logits: Tensor, choices: Sequence[int]) -> Tensor:
         """Summed cross entropy of the memory's match; its rates are counted under `name`."""
@@ -248,22 +231,6 @@ class EpisodeModel(nn.Module):
             if sample.choice is not None:
                 for part in ("name", "arguments"):
                     self.rates.add(part, right[own][parts[own] == PARTS.index(part)].all()[None])
-
-
-def _chooses(sample: TokenizedSample, match: ToolMatch | None) -> bool:
-    """Whether a sample tells which of its tool's optional arguments a request gives, and there are keys for them."""
-    if match is None or sample.choice is None or not match.matches_arguments(sample.choice):
-        return False
-    count = int(match.argument_counts[sample.choice])
-    return any(given is not None for given in sample.given[:count])
-
-
-def _each(at: Callable[[Sequence[int | None]], Tensor], places: Sequence[int | None]) -> list[Tensor | None]:
-    """What stands at each of the places, with shape (layers, intermediate size); None where there is no place."""
-    if all(place is None for place in places):
-        return [None] * len(places)
-    found = iter(at(places).unbind(dim=1))
-    return [None if place is None else next(found) for place in places]
 
 
 def _located(batch: Batch, places: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

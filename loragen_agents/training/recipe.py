@@ -51,7 +51,6 @@ class Recipe(_Strict):
     accumulation: int = Field(1, ge=1, description="steps whose gradients are added up before the weights change")
     learning_rate: float = Field(7e-4, gt=0)
     scale_rate: float = Field(8.0, gt=0, description="the memory's scales learn this many times as fast")
-    argument_rate: float = Field(4.0, gt=0, description="the maps of arguments' keys learn this many times as fast")
     warmup: int = Field(20, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     beta2: float = Field(0.98, gt=0, lt=1)

@@ -52,9 +52,7 @@ logger = logging.getLogger(__name__)
 # Numbers of episodes that set the memory's background, apart from those of the training steps.
 _BACKGROUND = range(10**9, 10**9 + 6)
 # Scalars that a layer's maps are multiplied with: they learn faster than the maps.
-_SCALES = ("memory.scale", "memory.match_weight", "memory.argument_weight")
-# Few samples say anything of optional arguments, and these maps have no loss but theirs.
-_ARGUMENTS = "memory.argument_"
+_SCALES = ("memory.scale", "memory.match_weight")
 
 
 class EpisodeDataset(Dataset[TokenizedEpisode]):
@@ -87,14 +85,13 @@ class GeneratorTrainer(Trainer):
         return SequentialSampler(dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW; the tool memory's scales learn faster than its maps, and so do the keys of arguments."""
+        """AdamW; the tool memory's scales learn faster than its maps."""
         recipe = self.recipe
         groups: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            factor = recipe.argument_rate if _ARGUMENTS in name else 1.0
-            factor = recipe.scale_rate if name.endswith(_SCALES) else factor
+            factor = recipe.scale_rate if name.endswith(_SCALES) else 1.0
             groups.setdefault(factor * recipe.learning_rate, []).append(parameter)
         by_rate = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
         self.optimizer = torch.optim.AdamW(by_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay)

@@ -199,15 +199,6 @@ def test_a_registry_grows_by_a_tool_without_reading_the_others_again(monkeypatch
     assert read[-1] == 3, "after training nothing that was read is valid any more"
 
 
-def test_optional_arguments_are_read_where_they_are_asked_for():
-    parameters = {"type": "object", "properties": {"zone": {"type": "string"}, "format": {"type": "string"}}}
-    registry = ToolRegistry([TOOLS[0].model_copy(update={"parameters": parameters}), TOOLS[1]])
-    made = with_memory(experts=1)
-    for asked in (False, True, False):  # what was kept of one is no answer to the other
-        _, match = made.generate_with_match("", registry, match_arguments=asked)
-        assert [match.matches_arguments(place) for place in (0, 1)] == [asked, False]
-
-
 def test_a_checkpoint_carries_the_tool_memory(tmp_path):
     made = with_memory(experts=1)
     with torch.no_grad():

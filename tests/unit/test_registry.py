@@ -387,23 +387,3 @@ def test_a_toolkit_of_langchain_community(tmp_path):
     assert registry.names == tuple(one.name for one in tools)
     assert registry["write_file"].argument_names == ("file_path", "text", "append")
     assert registry["write_file"].required == {"file_path", "text"}
-
-
-def test_a_tool_with_some_of_its_optional_arguments():
-    text = {"type": "string"}
-    made = Tool(
-        name="find",
-        description="Find.",
-        parameters={"type": "object", "properties": {"a": text, "b": text, "c": text}, "required": ["b"]},
-    )
-    held = made.with_arguments({"c"}, {"a", "b"})
-    assert held.argument_names == ("b", "c") and held.required == {"b", "c"}
-    assert made.argument_names == ("a", "b", "c") and made.required == {"b"}
-    assert made.with_arguments({"b"}, ()) is made
-
-
-def test_a_tool_whose_arguments_hang_together_stays_whole():
-    text = {"type": "string"}
-    parameters = {"type": "object", "properties": {"a": text, "b": text}, "anyOf": [{"required": ["a"]}]}
-    made = Tool(name="find", description="Find.", parameters=parameters)
-    assert made.with_arguments({"b"}, {"a"}) is made

@@ -1,7 +1,5 @@
 """Choosing a tool by its name and by state: the figures, and what a specialised model makes of them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -13,7 +11,6 @@ from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.edge.tool_choice import NEUTRAL_REQUESTS, ChoiceWeights, ToolScorer
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator.tool_reading import capture_down_proj_inputs
-from loragen_agents.registry import ToolRegistry
 from tests.unit.test_specialized import language_model, random_weights, registry
 
 TURNS = [Turn("How long is the table?")]
@@ -82,25 +79,10 @@ def matching(special: SpecializedLM, request: str, tool: str, threshold: float) 
         layers,
         keys[0],
         keys[1],
-        backgrounds=torch.zeros(3, len(layers), own.shape[-1]),
-        weights=torch.full((3, len(layers)), 20.0),
+        backgrounds=torch.zeros(2, len(layers), own.shape[-1]),
+        weights=torch.full((2, len(layers)), 20.0),
         threshold=torch.tensor(threshold),
-        argument_keys=keys[0, :, :0],
-        argument_counts=torch.zeros(len(NAMES), dtype=torch.long),
-        argument_threshold=torch.tensor(20.0),
     )
-
-
-def with_arguments(special: SpecializedLM, request: str, given: set[str]) -> ToolMatch:
-    """A match of the tool `ruler` alone, whose keys for the arguments in `given` are the request's own activations."""
-    match = matching(special, request, "ruler", threshold=20.0)
-    step = special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
-    prompt = special.renderer.user_turn([Turn(request)])
-    own = capture_down_proj_inputs(special.model, match.layers, torch.tensor([[*prompt, *step]]))[:, 0, -1]
-    names = special.registry["ruler"].argument_names
-    keys = torch.stack([own if name in given else -own for name in names], dim=1)
-    counts = torch.tensor([len(names) * (name == "ruler") for name in special.registry.names])
-    return replace(match, argument_keys=torch.nn.functional.normalize(keys, dim=-1), argument_counts=counts)
 
 
 @pytest.mark.parametrize("tool", ["find_all", "ruler"])
@@ -142,39 +124,6 @@ def test_a_request_that_no_key_is_like_calls_no_tool(special):
     assert scorer(scorer.read(special.renderer.user_turn(TURNS))).calls_tool < 0.1
 
 
-RULER = {
-    "type": "object",
-    "properties": {
-        "unit": {"enum": ["cm", "inch"]},
-        "precise": {"type": "boolean"},
-        "object": {"enum": ["table", "door"]},
-    },
-    "required": ["unit"],
-}
-
-
-@pytest.fixture(scope="module")
-def choosing() -> SpecializedLM:
-    tools = [
-        tool.model_copy(update={"parameters": RULER}) if tool.name == "ruler" else tool for tool in registry(*NAMES)
-    ]
-    return SpecializedLM(language_model(), random_weights(3), ToolRegistry(tools))
-
-
-@pytest.mark.parametrize("given", [set(), {"precise"}, {"object"}, {"precise", "object"}])
-@pytest.mark.parametrize("tool_choice", ["any", "ruler"])
-def test_a_call_has_the_optional_arguments_that_its_request_is_matched_with(choosing, given, tool_choice):
-    match = with_arguments(choosing, TURNS[0].request, given)
-    special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
-    special.scorer.weights = ChoiceWeights(sure=0.75)
-    stream = special.stream(TURNS, Sampling(max_tokens=60), tool_choice=tool_choice)
-    step = parse_step("".join(stream), special.registry)
-    assert isinstance(step, ToolStep) and step.arguments.keys() == {"unit", *given}
-    (completion,) = special.generate([TURNS], Sampling(max_tokens=60), tool_choice=tool_choice)
-    assert completion.text == stream.completion.text
-    assert (stream.tools is None) == (tool_choice == "ruler")
-
-
 def passes(special: SpecializedLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(tokens read, logits asked for) of every pass from here on."""
     found: list[tuple[int, int]] = []
@@ -191,61 +140,29 @@ def passes(special: SpecializedLM, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     return found
 
 
-def test_a_call_is_decoded_from_where_its_arguments_were_matched(choosing, monkeypatch):
-    """With the tool given, all up to `Action Input:` is one pass, and none of it is read again."""
-    match = with_arguments(choosing, TURNS[0].request, {"object"})
-    special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
-    special.scorer.weights = ChoiceWeights(sure=0.75)
-    counted = passes(special, monkeypatch)
-    "".join(special.stream(TURNS, Sampling(max_tokens=60), tool_choice="ruler"))
-    prompt, step = special.renderer.user_turn(TURNS), special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
-    assert counted[0] == (len(prompt) + len(step), 2) and counted[1][0] < len(step)
-
-
-def test_names_that_cannot_win_are_not_read(choosing, monkeypatch):
+def test_names_that_cannot_win_are_not_read(special, monkeypatch):
     """Two passes choose a tool whose match is far ahead; where no tool is, all names are read, in a third."""
-    prompt = choosing.renderer.user_turn(TURNS)
-    step = choosing.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
-    match = matching(choosing, TURNS[0].request, "ruler", threshold=20.0)
+    prompt = special.renderer.user_turn(TURNS)
+    step = special.renderer.encode_text(" Yes\nAction: ruler\nAction Input:")
+    match = matching(special, TURNS[0].request, "ruler", threshold=20.0)
     for weight, expected in ((1e3, 2), (0.0, 3)):
-        special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, match)
-        scorer = ToolScorer(
-            special.decoder, special.renderer, special.registry, match, weights=ChoiceWeights(match=weight)
-        )
-        counted = passes(special, monkeypatch)
+        fresh = SpecializedLM(special.edge, special.weights, special.registry, match)
+        scorer = ToolScorer(fresh.decoder, fresh.renderer, fresh.registry, match, weights=ChoiceWeights(match=weight))
+        counted = passes(fresh, monkeypatch)
         found = scorer(scorer.read(prompt))
         assert len(counted) == expected and counted[0] == (len(prompt) + 4, 2)
         if weight:
             assert found.tools["ruler"] > 0.99 and counted[1][0] == len(step) - 4
 
 
-def test_what_the_match_is_not_sure_of_is_left_to_the_model(choosing):
-    match = with_arguments(choosing, TURNS[0].request, {"object"})
-    prompt = choosing.renderer.user_turn(TURNS)
-    scorer = ToolScorer(choosing.decoder, choosing.renderer, choosing.registry, match, weights=ChoiceWeights(sure=0.75))
-    found = scorer.arguments(scorer.read(prompt, "ruler"), "ruler")
-    assert found.keys() == {"precise", "object"} and found["precise"] < 0.01 and found["object"] > 0.99
-    unsure = replace(match, weights=match.weights * 0, argument_threshold=torch.tensor(0.0))
-    alone = ChoiceWeights(sure=0.6)
-    for kept, weights in ((unsure, alone), (match, replace(alone, sure=1.0)), (None, alone)):
-        special = SpecializedLM(choosing.edge, choosing.weights, choosing.registry, kept)
-        special.scorer.weights = weights
-        text = "".join(special.stream(TURNS, Sampling(max_tokens=60), tool_choice="ruler"))
-        free = choosing.decoder.stream(prompt, Sampling(max_tokens=60), choosing.grammar("ruler"))
-        assert text == "".join(free)
-
-
 def test_a_match_reads_back_as_it_was_written(special, tmp_path):
-    match = with_arguments(special, TURNS[0].request, {"unit"})
+    match = matching(special, TURNS[0].request, "ruler", threshold=20.0)
     match.save(tmp_path / "match.safetensors")
     back = ToolMatch.load(tmp_path / "match.safetensors")
     requests = torch.randn(2, 5, match.name_keys.shape[-1])
     assert back.layers == match.layers
     torch.testing.assert_close(back.decide(requests), match.decide(requests))
     torch.testing.assert_close(back.choose(requests), match.choose(requests))
-    ruler = NAMES.index("ruler")
-    torch.testing.assert_close(back.given(ruler, requests), match.given(ruler, requests))
-    assert [back.matches_arguments(n) for n in range(len(NAMES))] == [n == ruler for n in range(len(NAMES))]
     (tmp_path / "match.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"match\.safetensors is not a tool match"):
         ToolMatch.load(tmp_path / "match.safetensors")

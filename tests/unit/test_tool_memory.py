@@ -8,9 +8,7 @@ from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.generator.tool_memory import PieceKind, ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import (
-    argument_texts,
     capture_down_proj_inputs,
-    chooses_arguments,
     description_as_request,
     read_tools,
     reading_text,
@@ -128,39 +126,6 @@ def test_a_request_that_no_description_looks_like_is_for_no_tool() -> None:
     others = torch.randn(len(LAYERS), 4, INTERMEDIATE)
     logits = made.match(readings).decide(torch.cat([served, others], dim=1))
     assert logits.argmax(dim=1).tolist() == [0, 1, 2, 3, 3, 3, 3]
-
-
-def with_argument_readings(reading: ToolReading, arguments: int) -> ToolReading:
-    """The reading with a piece that says how the input begins, and with readings of so many arguments."""
-    own = torch.tensor([int(PieceKind.OWN_INPUT)])
-    return ToolReading(
-        torch.cat([reading.activations, torch.randn(len(LAYERS), 1, INTERMEDIATE)], dim=1),
-        torch.cat([reading.directions, torch.randn(1, HIDDEN)]),
-        torch.cat([reading.kinds, own]),
-        torch.randn(len(LAYERS), arguments, INTERMEDIATE),
-    )
-
-
-def test_a_request_is_matched_with_the_arguments_of_its_tool_alone() -> None:
-    made, readings = memory(), random_readings(2, 2, 2)
-    made.argument_weight.data.fill_(5.0)
-    made.argument_threshold.data.fill_(0.0)
-    made.argument_background.data.zero_()
-    made.argument_up.data.zero_()
-    chosen = [with_argument_readings(readings[0], 3), readings[1], with_argument_readings(readings[2], 2)]
-    match = made.match(chosen)
-    assert [match.matches_arguments(n) for n in range(3)] == [True, False, True]
-    for tool, count in ((0, 3), (2, 2)):
-        arguments = chosen[tool].arguments
-        assert arguments is not None
-        logits = match.given(tool, arguments)
-        assert logits.shape == (count, count) and logits.argmax(dim=1).tolist() == list(range(count))
-        assert (logits.diagonal() > 0).all()
-        # What a tool's requests are like when nothing is given is taken off, and other tools have no say.
-        alone = made.match([chosen[tool]]).given(0, arguments)
-        torch.testing.assert_close(alone, logits)
-        nothing = chosen[tool].activations[:, -1:]
-        assert (match.given(tool, nothing) < logits.diagonal()).all()
 
 
 def test_order_of_tools_changes_nothing_but_the_order_of_pieces() -> None:
@@ -281,37 +246,6 @@ def test_reading_in_small_batches_gives_the_same() -> None:
     pieces = read_tools(model, renderer, [*TOOLS, FLIGHTS], LAYERS, max_tokens=1)
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one.activations, other.activations, atol=1e-5, rtol=1e-4)
-        assert (one.arguments is None) == (other.arguments is None)
-        if one.arguments is not None and other.arguments is not None:
-            torch.testing.assert_close(one.arguments, other.arguments, atol=1e-5, rtol=1e-4)
-
-
-def test_arguments_are_read_where_a_call_can_leave_them_out() -> None:
-    model, renderer = tiny_model(), PromptRenderer(tiny_tokenizer())
-    needed = FLIGHTS.with_arguments({"city", "seats"}, ())
-    assert chooses_arguments(FLIGHTS, "json")
-    assert not any((chooses_arguments(FLIGHTS, "csv"), chooses_arguments(needed, "json")))
-    one, other = read_tools(model, renderer, [FLIGHTS, needed], LAYERS)
-    assert other.arguments is None and one.arguments is not None
-    for place, ids in enumerate(argument_texts(renderer, FLIGHTS)):
-        alone = capture_down_proj_inputs(model, LAYERS, torch.tensor([ids]))[:, 0, -1]
-        torch.testing.assert_close(one.arguments[:, place], alone, atol=1e-5, rtol=1e-4)
-    (unread,) = read_tools(model, renderer, [FLIGHTS], LAYERS, arguments_of=())
-    assert unread.arguments is None
-
-
-def test_an_argument_is_read_as_a_request_that_gives_it() -> None:
-    city = {"type": "string", "description": "Where to fly."}
-    made = Tool(
-        name="flights",
-        description="Find flights.",
-        parameters={"type": "object", "properties": {"to_city": city, "seats": {"type": "integer"}}},
-    )
-    first, second = (
-        str(tiny_tokenizer().decode(ids)) for ids in argument_texts(PromptRenderer(tiny_tokenizer()), made)
-    )
-    assert "Please find flights. To city: Where to fly." in first and "Please find flights. Seats<" in second
-    assert first.endswith("Yes\nAction: flights\nAction Input:")
 
 
 def test_written_pieces_raise_the_name_behind_its_description() -> None:

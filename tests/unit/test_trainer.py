@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.data.episodes import GoldCall
 from loragen_agents.data.gpt4tools_episodes import gpt4tools_samplers
 from loragen_agents.data.options import SamplerOptions, checked_options
 from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord
@@ -84,13 +83,6 @@ def test_every_target_token_has_its_part(edge):
         if sample.action_place is not None:
             so_far = str(load_language_model(edge).tokenizer.decode(sample.input_ids[: sample.action_place + 1]))
             assert so_far.endswith("Action:")
-        if sample.input_place is not None and isinstance(raw.gold, GoldCall):
-            so_far = str(load_language_model(edge).tokenizer.decode(sample.input_ids[: sample.input_place + 1]))
-            assert so_far.endswith(f"Action: {raw.gold.name}\nAction Input:")
-            tool = episode.registry[raw.gold.name]
-            given = dict(zip(tool.argument_names, sample.given, strict=True))
-            assert {name for name in given if given[name] is None} == tool.required
-            assert {name for name in given if given[name]} == raw.gold.arguments.keys() - tool.required
 
 
 def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
@@ -114,7 +106,7 @@ def test_learning_makes_the_loss_fall_and_reaches_every_part(edge):
     assert not still
 
 
-def test_the_match_learns_what_serves_a_request_and_what_a_request_gives(edge):
+def test_the_match_learns_what_serves_a_request(edge):
     model = load_language_model(edge, dtype="float32")
     renderer = shared_renderer(model.tokenizer)
     learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), renderer)
@@ -135,7 +127,7 @@ def test_the_match_learns_what_serves_a_request_and_what_a_request_gives(edge):
     learner.rates.clear()
     learner([episode])
     rates = learner.rates.means()
-    assert (rates["serves"], rates["match"], rates["given"]) == (1.0, 1.0, 1.0)
+    assert (rates["serves"], rates["match"]) == (1.0, 1.0)
     assert learner.rates.counts["serves"] == len(drawn.samples)
 
 
