@@ -1,9 +1,10 @@
 """Conversations and registries to prompts: text for the cloud side, token ids for the edge side.
 
 The edge prompt is the user's turn and nothing else; it always ends in `THOUGHT_QUESTION`, and the model writes on from
-there. A prompt for the next step begins with the very tokens of the one before, so a KV cache can be kept. What comes
-from outside (requests, observations, tool definitions) is tokenised with control tokens switched off: it can't open a
-role or close a turn, whatever it says.
+there. A prompt for the next step begins with the very tokens of the one before (unless the model itself wrote a line
+that is quoted now), so a KV cache can be kept. What comes from outside (requests, observations, tool definitions) is
+tokenised with control tokens switched off, and its lines that begin like a step get a quote mark: it can't open a role,
+close a turn or pass for a step, whatever it says.
 
 Knows the tokenizer's chat template, but no model, no weights and no LangChain. How the model's own text is read is
 `react`'s part.
@@ -19,6 +20,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from loragen_agents.conversation.outside_text import one_line, quote_steps
 from loragen_agents.conversation.react import THOUGHT_QUESTION, answer_text, tool_step_text
 from loragen_agents.errors import PromptError
 from loragen_agents.registry import Tool, ToolRegistry, json_schema
@@ -185,7 +187,7 @@ class PromptRenderer:
     def _user_turn_pieces(self, turns: Sequence[Turn]) -> Iterator[_Piece]:
         _check(turns)
         yield _Piece(self.markers.bos, marker=True)
-        for turn in turns:
+        for turn in map(_quoted, turns):
             yield _Piece(self.markers.user_open, marker=True)
             yield _Piece(self._render("user_turn.jinja", request=turn.request))
             yield _Piece(self.markers.user_close, marker=True)
@@ -193,6 +195,7 @@ class PromptRenderer:
 
     def _react_pieces(self, registry: ToolRegistry, turns: Sequence[Turn], system_text: str) -> Iterator[_Piece]:
         _check(turns)
+        turns = [*map(_quoted, turns)]
         fields = self._definition_fields(registry, system_text)
         yield _Piece(self.markers.bos, marker=True)
         yield _Piece(self.markers.user_open, marker=True)
@@ -332,6 +335,16 @@ def _check(turns: Sequence[Turn]) -> None:
         raise PromptError("the last turn is answered already; expected an open request")
 
 
+def _quoted(turn: Turn) -> Turn:
+    """The turn with a quote mark before all lines of outside text that begin like a step."""
+    steps = tuple(
+        TakenStep(quote_steps(step.action), quote_steps(step.action_input), quote_steps(step.observation))
+        for step in turn.steps
+    )
+    answer = None if turn.answer is None else quote_steps(turn.answer)
+    return Turn(quote_steps(turn.request, at_line_start=True), steps, answer)
+
+
 def _view(tool: Tool, csv: bool) -> _ToolView:
     """What the templates show of a tool, each part on one line."""
     arguments = []
@@ -344,7 +357,7 @@ def _view(tool: Tool, csv: bool) -> _ToolView:
         note = ", ".join(parts)
         if description:
             note = f"{note}: {description}" if note else description
-        arguments.append(_Argument(name, _one_line(note).rstrip(".")))
+        arguments.append(_Argument(one_line(name), _one_line(note).rstrip(".")))
     return _ToolView(tool.name, _one_line(tool.description), arguments)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "ACTION",
     "ACTION_INPUT",
     "ANSWER",
+    "LINE_LABELS",
     "NO_TOOL",
     "OBSERVATION_STOP",
     "THOUGHT_QUESTION",
@@ -52,6 +53,8 @@ THOUGHT_QUESTION = "Thought: Do I need to use a tool?"
 USE_TOOL, NO_TOOL = " Yes", " No"
 ACTION, ACTION_INPUT, ANSWER = "\nAction:", "\nAction Input:", "\nAI:"
 OBSERVATION_STOP = "\nObservation:"
+# Labels at the beginning of a line; `Human:` opens a user's turn where a model has no chat template.
+LINE_LABELS = ("Thought:", "Action:", "Action Input:", "Observation:", "AI:", "Human:")
 
 _TOOL_HEAD = re.compile(r"\s*yes[ \t]*[.!]?\s+action:", re.IGNORECASE)
 _INPUT_HEAD = re.compile(r"([^\n]*)\n\s*action input:", re.IGNORECASE)
