@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loragen_agents.edge.forward import Forward, Layout, Runtime
+from loragen_agents.adapter.updates import DownUpdates
+from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
-from loragen_agents.edge.kv_cache import KVCache, PrefixStore, Snapshot
+from loragen_agents.edge.kv_cache import History, KVCache, PrefixStore, Snapshot, extended
+from loragen_agents.edge.passes import Captured, Forward, Layout, RowUpdates
 from loragen_agents.edge.sampling import Sampling, pick
 from loragen_agents.edge.text_stream import TextStream
 from loragen_agents.errors import PromptError
@@ -64,6 +66,7 @@ class ReadPrompt:
     Decode from it or score behind it as often as you like; nothing of it is read again.
     activations: inputs of `down_proj` at its last token in the layers that were asked for, with shape
         (layers, intermediate size), or None.
+    history: the updates that its tokens were read with.
     """
 
     token_ids: tuple[int, ...]
@@ -71,6 +74,7 @@ class ReadPrompt:
     logits: Tensor
     cached_tokens: int
     activations: Tensor | None = None
+    history: History = ()
 
 
 class CompletionStream:
@@ -140,16 +144,19 @@ class Decoder:
         sampling: Sampling | None = None,
         grammar: ToolGrammar | None = None,
         cancel: threading.Event | None = None,
+        updates: DownUpdates | None = None,
     ) -> CompletionStream:
         """Generate behind `prompt`, piece by piece. Nothing is computed before the first piece is asked for.
 
         cancel: set it, from any thread, to stop before the next token; what was generated until then is kept.
+        updates: run beside the model's weights for all tokens that are read from here on; a `ReadPrompt` stays as it
+            was read.
 
         Raises:
             PromptError: the prompt is empty, or too long for the model.
             GrammarError: (while the stream is read) see `ToolGrammar.matcher` and `GrammarMatcher.mask`.
         """
-        return CompletionStream(_Run(self, [prompt], sampling or Sampling(), [grammar], cancel))
+        return CompletionStream(_Run(self, [prompt], sampling or Sampling(), [grammar], cancel, [updates]))
 
     def generate(
         self,
@@ -158,39 +165,59 @@ class Decoder:
         grammar: ToolGrammar | Sequence[ToolGrammar | None] | None = None,
         cancel: threading.Event | None = None,
         batch_size: int = 16,
+        updates: DownUpdates | Sequence[DownUpdates | None] | None = None,
     ) -> list[Completion]:
         """Generate behind several prompts, up to `batch_size` of them at once, longest first; results in their order.
 
-        grammar: one for all prompts, or one for each.
+        grammar, updates: one for all prompts, or one for each.
 
         Raises:
-            ValueError: another number of grammars than of prompts. PromptError, GrammarError: as `stream`.
+            ValueError: another number of grammars or updates than of prompts. PromptError, GrammarError: as `stream`.
         """
         sampling = sampling or Sampling()
         grammars = [grammar] * len(prompts) if grammar is None or isinstance(grammar, ToolGrammar) else list(grammar)
         if len(grammars) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts can't be held to {len(grammars)} grammars; give one for each")
+        own = [updates] * len(prompts) if updates is None or isinstance(updates, DownUpdates) else list(updates)
+        if len(own) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts can't be run with {len(own)} updates; give one for each")
         order = sorted(range(len(prompts)), key=lambda place: -len(_tokens(prompts[place])))
         done: dict[int, Completion] = {}
         for begin in range(0, len(order), batch_size):
             places = order[begin : begin + batch_size]
-            run = _Run(self, [prompts[place] for place in places], sampling, [grammars[p] for p in places], cancel)
+            run = _Run(
+                self,
+                [prompts[place] for place in places],
+                sampling,
+                [grammars[place] for place in places],
+                cancel,
+                [own[place] for place in places],
+            )
             while run.step():
                 pass
             run.end()
             done |= {place: row.completion() for place, row in zip(places, run.sequences, strict=True)}
         return [done[place] for place in range(len(prompts))]
 
-    def read(self, prompt: Sequence[int], *, pin: bool = False, taps: Sequence[int] = ()) -> ReadPrompt:
+    def read(
+        self,
+        prompt: Sequence[int],
+        *,
+        pin: bool = False,
+        capture: Sequence[int] = (),
+        updates: DownUpdates | None = None,
+    ) -> ReadPrompt:
         """Read a prompt without generating.
 
         pin: keep its keys and values for good, as the beginning that many prompts will share.
-        taps: layers whose `activations` are wanted. Models that are not run leanly give none.
+        capture: layers whose `activations` are wanted.
+        updates: run beside the model's weights.
 
         Raises:
             PromptError: as `stream`.
+            ModelLoadError: activations or updates are asked for, and the model has no gated FFN in each layer.
         """
-        return self.read_parts([prompt], pin=pin, taps=taps)[0]
+        return self.read_parts([prompt], pin=pin, capture=capture, updates=updates)[0]
 
     @torch.inference_mode()
     def read_parts(
@@ -199,12 +226,13 @@ class Decoder:
         *,
         behind: ReadPrompt | None = None,
         pin: bool = False,
-        taps: Sequence[int] = (),
+        capture: Sequence[int] = (),
+        updates: DownUpdates | None = None,
     ) -> list[ReadPrompt]:
         """Read tokens in one pass, and give what was read up to the end of each part, from the first part on.
 
-        behind: a prompt that was read before and that the parts follow.
-        pin, taps, errors: as `read`.
+        behind: a prompt that was read before and that the parts follow, with whatever updates it was read.
+        pin, capture, updates, errors: as `read`.
         """
         before = () if behind is None else behind.token_ids
         ends = list(accumulate(map(len, parts), initial=len(before)))[1:]
@@ -212,23 +240,26 @@ class Decoder:
         self._room(tokens[: ends[0]])
         self._room(tokens)
         forward = self._forward()
+        history = extended(() if behind is None else behind.history, len(before), updates)
         if behind is None:
-            cache, (known,) = self._opened(forward, [parts[0]], room=ends[-1] - ends[0])
+            cache, (known,) = self._opened(forward, [parts[0]], [history], room=ends[-1] - ends[0])
         else:
             cache, known = KVCache(1, len(tokens)), len(before)
             cache.fill([behind.states], [known])
         # What is asked for stands in the last pass, whatever its width; before it, passes are bounded.
         early = known + (ends[0] - 1 - known) // _CHUNK * _CHUNK
         if early > known:
-            _feed(forward, cache, [tokens[known:early]], self.model.device)
-        device, wanted = self.model.device, dict.fromkeys(taps) if forward.taps else {}
+            _feed(forward, cache, [tokens[known:early]], self.model.device, [updates])
+        device = self.model.device
+        captured: Captured = dict.fromkeys(capture)
         keep = torch.tensor([[end - 1 - early for end in ends]], device=device)
-        logits = forward(torch.tensor([tokens[early:]], device=device), cache, keep, taps=wanted)[0]
+        ids = torch.tensor([tokens[early:]], device=device)
+        logits = forward(ids, cache, keep, captured=captured, updates=[updates])[0]
         cache.advance([len(tokens) - early])
         states = cache.snapshot(0)
-        self.prefixes.add(tokens, states, pinned=pin)
-        tapped = [activations[0] for activations in wanted.values() if activations is not None]
-        activations = torch.stack(tapped, dim=1) if tapped else None  # (parts, layers, intermediate size)
+        self.prefixes.add(tokens, states, pinned=pin, history=history)
+        found = [activations[0] for activations in captured.values() if activations is not None]
+        activations = torch.stack(found, dim=1) if found else None  # (parts, layers, intermediate size)
         cached = known if behind is None else behind.cached_tokens
         return [
             ReadPrompt(
@@ -237,20 +268,28 @@ class Decoder:
                 logits[place],
                 cached,
                 None if activations is None else activations[place],
+                history,
             )
             for place, end in enumerate(ends)
         ]
 
     @torch.inference_mode()
-    def score(self, prompt: Sequence[int] | ReadPrompt, continuations: Sequence[Sequence[int]]) -> list[float]:
+    def score(
+        self,
+        prompt: Sequence[int] | ReadPrompt,
+        continuations: Sequence[Sequence[int]],
+        *,
+        updates: DownUpdates | None = None,
+    ) -> list[float]:
         """Summed log-probabilities of several continuations behind one prompt, read as one batch.
 
         The prompt is read once. The continuations follow it in a single row, each blind to the others.
+        updates: as `stream`.
 
         Raises:
             PromptError: as `stream`.
         """
-        read = prompt if isinstance(prompt, ReadPrompt) else self.read(prompt)
+        read = prompt if isinstance(prompt, ReadPrompt) else self.read(prompt, updates=updates)
         forward = self._forward()
         device = self.model.device
         scores = [0.0] * len(continuations)
@@ -267,7 +306,8 @@ class Decoder:
             lengths = [len(continuations[place]) - 1 for place in group]
             layout = _side_by_side(prefix, lengths, device)
             keep = torch.arange(len(fed), device=device)[None]
-            logits = forward(torch.tensor([fed], device=device), cache, keep, layout)[0]
+            ids = torch.tensor([fed], device=device)
+            logits = forward(ids, cache, keep, layout, updates=[updates])[0]
             chosen = torch.log_softmax(logits.float(), dim=-1)[keep[0], torch.tensor(targets, device=device)]
             for place, part in zip(group, chosen.split(lengths), strict=True):
                 scores[place] += part.sum().item()
@@ -304,24 +344,29 @@ class Decoder:
         self,
         forward: Forward,
         prompts: Sequence[Sequence[int] | ReadPrompt],
+        histories: Sequence[History],
         room: int,
         forced: Sequence[Sequence[int]] | None = None,
     ) -> tuple[KVCache, list[int]]:
         """A cache with one row for each prompt, begun with what is known of it, and how many tokens that is.
 
         At least the last token of a prompt is left to be read, except where the prompt was read as a whole.
+        histories: how each row is to have been read at the end.
         forced: tokens that follow each prompt in any case; of these, too, some may be known.
         """
-        plain = [list(prompt) for prompt in prompts if not isinstance(prompt, ReadPrompt)]
-        head, shared = self._shared_head(forward, plain) if len(plain) > 1 else (None, 0)
+        plain = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, ReadPrompt)]
+        head, shared = None, 0
+        # What is read with updates of its own is shared with no other row.
+        if len(plain) > 1 and all(histories[place] == histories[plain[0]] for place in plain):
+            head, shared = self._shared_head(forward, [list(_tokens(prompts[p])) for p in plain], histories[plain[0]])
         states: list[Snapshot | None] = []
         lengths: list[int] = []
-        for prompt, behind in zip(prompts, forced or [()] * len(prompts), strict=True):
+        for prompt, history, behind in zip(prompts, histories, forced or [()] * len(prompts), strict=True):
             known: tuple[Snapshot | None, int] = head, shared
             if isinstance(prompt, ReadPrompt):
                 known = prompt.states, len(prompt.token_ids)
             if behind or not isinstance(prompt, ReadPrompt):
-                found = self.prefixes.find([*_tokens(prompt), *behind][:-1])
+                found = self.prefixes.find([*_tokens(prompt), *behind][:-1], history)
                 known = found if found[1] > known[1] else known
             states.append(known[0])
             lengths.append(known[1])
@@ -329,18 +374,19 @@ class Decoder:
         cache.fill(states, lengths)
         return cache, lengths
 
-    def _shared_head(self, forward: Forward, prompts: list[list[int]]) -> tuple[Snapshot | None, int]:
+    def _shared_head(self, forward: Forward, prompts: list[list[int]], history: History) -> tuple[Snapshot | None, int]:
         """What all prompts begin with, read once for all of them, and its length; 0 where it is known or too short."""
         first, last = min(prompts), max(prompts)
         shared = min(map(len, prompts)) - 1
         head = first[: next((at for at in range(shared) if first[at] != last[at]), shared)]
-        _, known = self.prefixes.find(head)
+        _, known = self.prefixes.find(head, history)
         if len(head) - known < _SHARED_HEAD:
             return None, 0
-        cache, (cached,) = self._opened(forward, [head], room=0)
-        _feed(forward, cache, [head[cached:]], self.model.device)
+        cache, (cached,) = self._opened(forward, [head], [history], room=0)
+        # Plain prompts are read with the same updates from their first token on.
+        _feed(forward, cache, [head[cached:]], self.model.device, [history[0][1] if history else None])
         states = cache.snapshot(0)
-        self.prefixes.add(head, states)
+        self.prefixes.add(head, states, history=history)
         return states, len(head)
 
 
@@ -348,9 +394,20 @@ class _Sequence:
     """One sequence of a run: what was generated for it, and what its next token may be."""
 
     def __init__(
-        self, decoder: Decoder, prompt: Sequence[int] | ReadPrompt, sampling: Sampling, grammar: ToolGrammar | None
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int] | ReadPrompt,
+        sampling: Sampling,
+        grammar: ToolGrammar | None,
+        updates: DownUpdates | None,
     ) -> None:
         self.prompt = prompt
+        self.updates = updates
+        self.history = (
+            extended(prompt.history, len(prompt.token_ids), updates)
+            if isinstance(prompt, ReadPrompt)
+            else extended((), 0, updates)
+        )
         self.limit = min(sampling.max_tokens, decoder._room(prompt))
         self.sampling = sampling
         self.grammar = grammar
@@ -449,11 +506,13 @@ class _Run:
         sampling: Sampling,
         grammars: Sequence[ToolGrammar | None],
         cancel: threading.Event | None,
+        updates: RowUpdates,
     ) -> None:
         self._decoder = decoder
         self._cancel = cancel
         self.sequences = [
-            _Sequence(decoder, prompt, sampling, grammar) for prompt, grammar in zip(prompts, grammars, strict=True)
+            _Sequence(decoder, prompt, sampling, grammar, own)
+            for prompt, grammar, own in zip(prompts, grammars, updates, strict=True)
         ]
         self.ended = False
         self._rows = self.sequences
@@ -476,7 +535,8 @@ class _Run:
         if not self._rows:
             return False
         device = self._decoder.model.device
-        logits = _feed(self._forward, self._cache, [row.pending for row in self._rows], device, self._cancelled)
+        pending, updates = [row.pending for row in self._rows], [row.updates for row in self._rows]
+        logits = _feed(self._forward, self._cache, pending, device, updates, self._cancelled)
         for row, scores in zip(self._rows, logits, strict=True):
             if scores is None and isinstance(row.prompt, ReadPrompt) and not row.pending:
                 scores = row.prompt.logits
@@ -496,9 +556,10 @@ class _Run:
         for sequence in self.sequences:
             sequence.end(sequence.seconds or now)
         if self._cache is not None and len(self.sequences) == 1 and self._cache.lengths[0]:
-            read = [*_tokens(self.sequences[0].prompt), *self.sequences[0].tokens][: self._cache.lengths[0]]
+            (only,) = self.sequences
+            read = [*_tokens(only.prompt), *only.tokens][: self._cache.lengths[0]]
             with torch.inference_mode():
-                self._decoder.prefixes.add(read, self._cache.snapshot(0))
+                self._decoder.prefixes.add(read, self._cache.snapshot(0), history=only.history)
 
     def _begin(self) -> None:
         self._forward = self._decoder._forward()
@@ -506,7 +567,8 @@ class _Run:
         for sequence in self.sequences:
             sequence.prepare(self._decoder)
         prompts, forced = zip(*((sequence.prompt, sequence.tokens) for sequence in self.sequences), strict=True)
-        self._cache, known = self._decoder._opened(self._forward, prompts, room, forced)
+        histories = [sequence.history for sequence in self.sequences]
+        self._cache, known = self._decoder._opened(self._forward, prompts, histories, room, forced)
         for sequence, length in zip(self.sequences, known, strict=True):
             sequence.begin(length)
 
@@ -526,6 +588,7 @@ def _feed(
     cache: KVCache,
     tokens: Sequence[Sequence[int]],
     device: torch.device,
+    updates: RowUpdates,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[Tensor | None]:
     """Feed each row its tokens, in passes of at most `_CHUNK`; return the logits (vocabulary,) behind each row's last.
@@ -541,7 +604,7 @@ def _feed(
         width = max(counts)
         ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=device)
         keep = torch.tensor([[max(0, count - 1)] for count in counts], device=device)
-        result = forward(ids, cache, keep)
+        result = forward(ids, cache, keep, updates=updates)
         cache.advance(counts)
         for row, count in enumerate(counts):
             if count and begin + count == len(tokens[row]):

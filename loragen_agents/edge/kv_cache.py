@@ -1,8 +1,8 @@
 """Keys and values of sequences that were read: a cache of rows that differ in length, and a store of read prefixes.
 
-Row b of a `KVCache` holds its tokens in the first `lengths[b]` slots; what lies behind is scrap, overwritten by the
-next write and never attended to. So rows of different lengths advance together, each by its own number of tokens,
-without padding in between. A `PrefixStore` keeps snapshots that nobody writes to: whoever continues one copies it, so
+Row b of a `KVCache` holds its tokens in the first `lengths[b]` slots; those behind are unused: never attended to, and
+overwritten by the next write. So rows of different lengths advance together, each by its own number of tokens, without
+padding in between. A `PrefixStore` keeps snapshots that nobody writes to: whoever continues one copies it, so
 two threads never write into the same keys.
 
 Knows shapes, not models: which layer attends to what is the caller's business.
@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ class KVCache:
         return Snapshot(tuple(states[:, row : row + 1, :, : self.lengths[row]].clone() for states in self._layers))
 
     def _empty(self, like: Tensor) -> Tensor:
-        """like: one layer's keys. Zeros, not scrap: what is masked out still enters products, and 0 x NaN is NaN."""
+        """like: one layer's keys. Zeros: what is masked out still enters products, and 0 x NaN is NaN."""
         return like.new_zeros(2, self.rows, like.shape[1], self._capacity, like.shape[3])
 
 
@@ -144,9 +145,25 @@ class Snapshot:
         return Snapshot(tuple(layer[:, :, :, :tokens] for layer in self.layers))
 
 
+History = tuple[tuple[int, Any], ...]
+"""How tokens were read: (place, updates) for each place from which on the model ran with other updates than before.
+
+Empty where the model itself read all of them. States are the same only where tokens and history are.
+"""
+
+
+def extended(history: History, place: int, updates: Any) -> History:
+    """The history of tokens that were read with `updates` from `place` on, behind tokens with `history`."""
+    if place == 0:
+        history = ()
+    before = history[-1][1] if history else None
+    return history if updates is before else (*history, (place, updates))
+
+
 @dataclass(frozen=True, eq=False)
 class _Entry:
     tokens: np.ndarray
+    history: History
     states: Snapshot
     pinned: bool
 
@@ -161,16 +178,19 @@ class PrefixStore:
         self.entries = entries
         self.size = size
         self._lock = threading.Lock()
-        self._kept: OrderedDict[bytes, _Entry] = OrderedDict()  # oldest use first
+        self._kept: OrderedDict[tuple[bytes, History], _Entry] = OrderedDict()  # oldest use first
 
-    def find(self, tokens: Sequence[int]) -> tuple[Snapshot | None, int]:
-        """The snapshot that shares the longest beginning with `tokens`, and the length of that beginning."""
+    def find(self, tokens: Sequence[int], history: History = ()) -> tuple[Snapshot | None, int]:
+        """The snapshot that shares the longest beginning with `tokens`, and the length of that beginning.
+
+        history: how the tokens are to be read; what was read in another way is not shared.
+        """
         wanted = np.asarray(tokens, dtype=np.int64)
-        best: bytes | None = None
+        best: tuple[bytes, History] | None = None
         longest = 0
         with self._lock:
             for key, entry in self._kept.items():
-                length = _common_length(entry.tokens, wanted)
+                length = _read_alike(entry.history, history, _common_length(entry.tokens, wanted))
                 if length > longest:
                     best, longest = key, length
             if best is None:
@@ -178,19 +198,20 @@ class PrefixStore:
             self._kept.move_to_end(best)
             return self._kept[best].states, longest
 
-    def add(self, tokens: Sequence[int], states: Snapshot, *, pinned: bool = False) -> None:
+    def add(self, tokens: Sequence[int], states: Snapshot, *, pinned: bool = False, history: History = ()) -> None:
         """Keep a snapshot of `tokens`, unless a longer one is there; those that it contains go, if not pinned."""
         new = np.asarray(tokens, dtype=np.int64)
-        key = new.tobytes()
+        history = tuple(change for change in history if change[0] < len(new))
+        key = new.tobytes(), history
         with self._lock:
             for other, entry in list(self._kept.items()):
-                common = _common_length(entry.tokens, new)
+                common = _read_alike(entry.history, history, _common_length(entry.tokens, new))
                 if common == len(new) and not pinned:
                     self._kept.move_to_end(other)
                     return
                 if common == len(entry.tokens) and not entry.pinned:
                     del self._kept[other]
-            self._kept[key] = _Entry(new, states, pinned)
+            self._kept[key] = _Entry(new, history, states, pinned)
             self._kept.move_to_end(key)
             free = [other for other, entry in self._kept.items() if not entry.pinned]
             size = sum(self._kept[other].states.size for other in free)
@@ -206,6 +227,15 @@ class PrefixStore:
     def __len__(self) -> int:
         with self._lock:
             return len(self._kept)
+
+
+def _read_alike(one: History, other: History, length: int) -> int:
+    """How many of the first `length` tokens were read with the same updates in both."""
+    for place in range(max(len(one), len(other))):
+        changes = [history[place] for history in (one, other) if place < len(history)]
+        if len(changes) == 1 or changes[0][0] != changes[1][0] or changes[0][1] is not changes[1][1]:
+            return min(length, *(change[0] for change in changes))
+    return length
 
 
 def _common_length(one: np.ndarray, other: np.ndarray) -> int:

@@ -87,8 +87,7 @@ class ToolScorer:
     A request mostly takes two passes: the prompt with the beginning of a call, and the step of the tool whose name
     begins most likely. Other names are read where they could still be as likely.
 
-    match: of the same specialisation; without it, and for models that are not run leanly, what the model would write
-        decides alone.
+    match: of the same specialisation; without it, what the model would write decides alone.
     priors: what `priors` of an earlier scorer of the same specialisation gave; worked out when first needed otherwise.
     """
 
@@ -129,7 +128,7 @@ class ToolScorer:
 
     def read(self, prompt: Sequence[int]) -> ReadRequest:
         """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
-        return ReadRequest(*self._decoder.read_parts([prompt, self._call], taps=self._taps))
+        return ReadRequest(*self._decoder.read_parts([prompt, self._call], capture=self._captured))
 
     @torch.no_grad()
     def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
@@ -185,5 +184,5 @@ class ToolScorer:
         return scores[range(len(tokens)), tokens].sum().item()
 
     @property
-    def _taps(self) -> tuple[int, ...]:
+    def _captured(self) -> tuple[int, ...]:
         return self._match.layers if self._match is not None else ()

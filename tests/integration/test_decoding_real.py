@@ -8,9 +8,10 @@ from loragen_agents.bench.decode_speed import Speeds, measure_speeds, random_wei
 from loragen_agents.conversation.prompts import PromptRenderer, TakenStep, Turn
 from loragen_agents.conversation.react import ToolStep, parse_step, tool_step_text
 from loragen_agents.edge.decoding import Decoder, Sampling
-from loragen_agents.edge.forward import LeanForward, ModuleForward
 from loragen_agents.edge.grammar import ToolGrammar
 from loragen_agents.edge.kv_cache import KVCache
+from loragen_agents.edge.lean_forward import LeanForward
+from loragen_agents.edge.module_forward import ModuleForward
 from loragen_agents.models.language_models import LanguageModel, load_language_model
 from loragen_agents.registry import Tool, ToolRegistry
 from loragen_agents.support.content import content_folder

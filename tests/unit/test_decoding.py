@@ -21,8 +21,10 @@ from transformers import (
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.edge.decoding import Completion, Decoder, Sampling
-from loragen_agents.edge.forward import LeanForward, ModuleForward, Runtime, _linear_in_float32
+from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore
+from loragen_agents.edge.lean_forward import LeanForward, _linear_in_float32
+from loragen_agents.edge.module_forward import ModuleForward
 from loragen_agents.errors import ModelLoadError, PromptError
 from loragen_agents.models.arrangement import arrange_weights
 from loragen_agents.models.clone import clone_sharing_tensors
@@ -430,12 +432,12 @@ def test_many_vectors_in_bf16_go_through_float32_where_bf16_is_emulated(monkeypa
         seen.append(x.shape)
         return _linear_in_float32(x, *others)
 
-    monkeypatch.setattr("loragen_agents.edge.forward._linear_in_float32", counted)
+    monkeypatch.setattr("loragen_agents.edge.lean_forward._linear_in_float32", counted)
     for family in ("llama", "qwen"):
         model = tiny_model(family, dtype=torch.bfloat16)
         logits = {}
         for native in (True, False):
-            monkeypatch.setattr("loragen_agents.edge.forward.cpu_computes_bf16", lambda native=native: native)
+            monkeypatch.setattr("loragen_agents.edge.lean_forward.cpu_computes_bf16", lambda native=native: native)
             seen.clear()
             with torch.inference_mode():
                 logits[native] = Runtime(model).bind()(ids, KVCache(1), keep)
@@ -523,11 +525,11 @@ def test_parts_of_a_prompt_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch,
     parts = [PROMPTS[3], [7], [8, 9], PROMPTS[0]]
     layers = (0, 1)
     wholes = accumulate(parts, lambda before, part: [*before, *part])
-    one_by_one = [Decoder(model, TOKENIZER).read(whole, taps=layers) for whole in wholes]
+    one_by_one = [Decoder(model, TOKENIZER).read(whole, capture=layers) for whole in wholes]
     decoder.read([*PROMPTS[3][:3], 60])
-    first, *others = decoder.read_parts(parts[:2], taps=layers)
+    first, *others = decoder.read_parts(parts[:2], capture=layers)
     assert first.cached_tokens == min(3, len(PROMPTS[3]) - 1)
-    read = [first, *others, *decoder.read_parts(parts[2:], behind=others[-1], taps=layers)]
+    read = [first, *others, *decoder.read_parts(parts[2:], behind=others[-1], capture=layers)]
     for found, expected in zip(read, one_by_one, strict=True):
         assert found.token_ids == expected.token_ids
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)

@@ -130,11 +130,9 @@ def passes(special: SpecializedLM, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     forward = special.decoder._forward()
 
     class Counted:
-        taps = forward.taps
-
-        def __call__(self, ids, cache, keep, layout=None, taps=None):
+        def __call__(self, ids, cache, keep, layout=None, captured=None, updates=None):
             found.append((ids.shape[1], keep.shape[1]))
-            return forward(ids, cache, keep, layout, taps)
+            return forward(ids, cache, keep, layout, captured, updates)
 
     monkeypatch.setattr(special.decoder, "_forward", Counted)
     return found
