@@ -50,6 +50,7 @@ class TestShippedFiles:
         registry = ToolRegistry.from_yaml(content_folder("tools") / "assistant.yaml")
         assert registry.input_format == "json"
         assert {"calculator", "read_file", "today"} <= set(registry.names)
+        assert len(registry) >= 30
 
 
 class TestReading:
