@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loragen_agents.bench.tasks import BenchSample, Task
-from loragen_agents.conversation.prompts import THOUGHT_QUESTION
-from loragen_agents.conversation.react import Answer, InvalidStep, Step, ToolStep
-from loragen_agents.data.episodes import Sample, target_text
+from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
+from loragen_agents.conversation.react import Answer, InvalidStep, Step, ToolStep, format_action_input
+from loragen_agents.data.episodes import GoldCall, Kind, Sample, target_text
 from loragen_agents.data.options import NameMode, SamplerOptions
 from loragen_agents.data.records import CallRecord, DataSet, ToolRecord
 from loragen_agents.data.sampler import RegistrySampler
-from loragen_agents.errors import DataError
+from loragen_agents.data.wording import tool_result
+from loragen_agents.errors import ArgumentError, DataError
 from loragen_agents.registry import InputFormat, ToolRegistry
 
 METRICS: dict[str, str] = {
@@ -84,6 +87,39 @@ def calls_task(
     }
     title = f"Calls, {registry_size} tools a registry" + (f", {names} names" if names != "real" else "")
     return Task("calls", title, METRICS, "call", samples, score_call, settings)
+
+
+def registry_task(registry: ToolRegistry, calls: Sequence[CallRecord], name: str) -> Task:
+    """A task of all `calls` on one registry as it stands; a call's `tool` is the name of one of its tools.
+
+    A request with several calls gives a sample for each of them, with the right calls before it taken and a made-up
+    result of each (`next_call`); one without calls is one that no tool serves.
+
+    Raises:
+        DataError: no calls, or one that the registry's schemas don't allow.
+    """
+    if not calls:
+        raise DataError("There are no requests; expected at least one row with 'query' and 'calls'.")
+    samples: list[BenchSample] = []
+    for number, record in enumerate(calls, 1):
+        taken: list[TakenStep] = []
+        rng = random.Random(f"{name}/{number}")
+        golds: list[GoldCall | str] = [GoldCall(call.tool, call.arguments) for call in record.calls]
+        for place, gold in enumerate(golds or ["Sorry, none of my tools can do that."]):
+            kind: Kind = "unserved" if isinstance(gold, str) else "next_call" if place else "call"
+            kind_of_request = "two calls, first" if kind == "call" and len(golds) > 1 else kind
+            sample = Sample((Turn(record.query, tuple(taken)),), gold, kind, record.source)
+            try:
+                drawn = _bench_sample(f"{record.source}/{number}/{place}", record.source, sample, registry)
+                if isinstance(gold, GoldCall):
+                    written = format_action_input(registry[gold.name], gold.arguments, registry.input_format)
+                    result = tool_result(gold.name, registry[gold.name].description, gold.arguments, rng)
+                    taken.append(TakenStep(gold.name, written, result))
+            except (KeyError, ArgumentError) as error:
+                raise DataError(f"row {number}, {record.query!r}: {str(error).strip(chr(34))}") from error
+            samples.append(replace(drawn, kind=kind_of_request))
+    title = f"Calls, the {len(registry)} tools of {name}"
+    return Task("calls", title, METRICS, "call", samples, score_call, {"registry": name})
 
 
 def _draw(sampler: RegistrySampler, source: str, requests: int, unserved: float) -> list[BenchSample]:

@@ -44,8 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_arguments(gpt4tools, f"{_MINI_TOKENS}, with --data {_FILE_TOKENS}")
 
     calls = actions.add_parser("calls", help="tool calls on any registry and requests (tools.jsonl, calls_*.jsonl)")
-    calls.add_argument("--tools", type=Path, required=True, metavar="FILE", help="tools.jsonl")
-    calls.add_argument("--calls", type=Path, required=True, metavar="FILE", help="calls_dev.jsonl, for example")
+    calls.add_argument(
+        "--tools",
+        required=True,
+        metavar="FILE",
+        help="tools.jsonl, from which registries are drawn, or a registry (YAML, or the name of a shipped one), which "
+        "is asked as it stands",
+    )
+    calls.add_argument(
+        "--calls",
+        required=True,
+        metavar="FILE",
+        help="calls_dev.jsonl, for example, or everyday: 60 requests to the assistant's tools",
+    )
     calls.add_argument("--size", type=int, default=8, metavar="N", help="tools in a registry (default: 8)")
     calls.add_argument(
         "--requests", "--limit", type=int, default=40, metavar="N", help="requests of each source (default: 40)"
@@ -134,11 +145,18 @@ def _gpt4tools(arguments: argparse.Namespace) -> int:
 
 
 def _calls(arguments: argparse.Namespace) -> int:
-    from loragen_agents.bench.calls import calls_task
+    from loragen_agents.bench import everyday_calls
+    from loragen_agents.bench.calls import calls_task, registry_task
+    from loragen_agents.commands.options import read_tools as read_registry
     from loragen_agents.data.records import read_calls, read_tools
 
+    file = everyday_calls() if arguments.calls == "everyday" else Path(arguments.calls)
+    if not arguments.tools.endswith(".jsonl"):
+        registry = read_registry(arguments.tools)
+        whole = registry_task(registry, read_calls(file), Path(arguments.tools).stem)
+        return _run(arguments, _engine(arguments, "calls", _CALL_TOKENS), whole)
     tools = read_tools(arguments.tools)
-    calls = read_calls(arguments.calls, tools)
+    calls = read_calls(file, tools)
     engine = _engine(arguments, "calls", _CALL_TOKENS)
     task = calls_task(
         tools,

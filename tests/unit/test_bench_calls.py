@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 
-from loragen_agents.bench.calls import METRICS, calls_task, normalised, score_call
+from loragen_agents.bench import everyday_calls
+from loragen_agents.bench.calls import METRICS, calls_task, normalised, registry_task, score_call
 from loragen_agents.bench.tasks import BenchSample
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, Turn
 from loragen_agents.conversation.react import parse_step
 from loragen_agents.data.episodes import GoldCall
-from loragen_agents.data.records import Call, CallRecord, ToolRecord
+from loragen_agents.data.records import Call, CallRecord, ToolRecord, read_calls
 from loragen_agents.errors import DataError
 from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.support.content import content_folder
 
 TOPICS = {
     "north": ("alarms", "boats", "cheese", "dance", "engines", "flowers", "glass", "hats"),
@@ -58,6 +60,37 @@ def test_invented_names_and_requests_that_no_tool_serves() -> None:
         if sample.call is None:
             topic = sample.turns[-1].request.split()[1].strip("?")
             assert not any(topic.title() in tool.description for tool in sample.registry)
+
+
+def test_the_everyday_requests_fit_the_assistants_tools() -> None:
+    registry = ToolRegistry.from_yaml(content_folder("tools") / "assistant.yaml")
+    records = read_calls(everyday_calls())
+    assert sorted(len(record.calls) for record in records) == [0] * 10 + [1] * 40 + [2] * 10
+    task = registry_task(registry, records, "assistant")
+    kinds = [sample.kind for sample in task.samples]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "call": 40,
+        "unserved": 10,
+        "two calls, first": 10,
+        "next_call": 10,
+    }
+    for sample in task.samples:
+        assert sample.registry == registry
+        assert len(sample.turns[-1].steps) == (sample.kind == "next_call")
+        step = parse_step(sample.gold.removeprefix(THOUGHT_QUESTION), registry)
+        assert set(task.score(sample, "", step).values()) == {1.0}
+
+
+def test_requests_that_a_registry_does_not_fit_are_errors() -> None:
+    wrong = [
+        (Call("rent", {}), "row 1, 'Go.': no tool 'rent'"),
+        (Call("book", {"city": 3}), "row 1, 'Go.': tool 'book'"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(DataError, match=message):
+            registry_task(REGISTRY, [CallRecord("Go.", (call,), "own", "dev")], "own")
+    with pytest.raises(DataError, match="no requests"):
+        registry_task(REGISTRY, [], "own")
 
 
 def test_impossible_draws_are_errors() -> None:
