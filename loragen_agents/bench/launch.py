@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from loragen_agents.bench import report
 from loragen_agents.bench.display import LiveTable
 from loragen_agents.bench.results import RunFolder, results_document, summarize
-from loragen_agents.bench.rows import Row
+from loragen_agents.bench.rows import Row, check_rows
 from loragen_agents.bench.runner import Engine, run_rows
 from loragen_agents.bench.tasks import Task
 from loragen_agents.errors import DataError
@@ -54,8 +54,9 @@ def launch(
     """Run what can be run and give the results document; after Ctrl-C it holds what was scored until then.
 
     Raises:
-        DataError: none of the rows has weights, or `out` can't take the run (see `RunFolder`).
+        DataError: a row can't do what the task asks for, none has weights, or `out` can't take the run (`RunFolder`).
     """
+    check_rows(rows, choice_only=task.choice_only)
     runnable, missing = runnable_rows(engine, rows)
     lengths = sorted(engine.output_tokens([sample.gold for sample in task.samples]))
     header = {

@@ -35,7 +35,7 @@ def weights_of_task(task: str, given: Sequence[str] = ()) -> dict[str, Weights]:
     found["lora-gen"] = _DEFAULT_CHECKPOINT
     for text in given:
         base, equals, folder = text.partition("=")
-        takers = [name for name, row in BASES.items() if row.source != "none"]
+        takers = [name for name, row in BASES.items() if row.source in ("peft", "generator")]
         if not equals or base not in takers or not folder:
             raise DataError(f"--weights {text!r}: expected ROW=FOLDER with a row of {', '.join(takers)}.")
         if folder != "default" and not Path(folder).is_dir():

@@ -12,7 +12,7 @@ from typing import Literal
 
 from loragen_agents.errors import DataError
 
-Source = Literal["none", "peft", "generator"]
+Source = Literal["none", "peft", "generator", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Base:
     """What a row is before options.
 
     definitions: whether tool definitions stand in the prompt.
-    source: where its weights come from: none (the bare model), a PEFT folder, or a generator checkpoint.
+    source: where its weights come from: none (the bare model), a PEFT folder, a generator checkpoint, or none of these
+        (a sentence encoder in place of the model).
     trained: whether the weights were trained for the tools' family, that is, must be made with a recipe first.
     """
 
@@ -37,6 +38,7 @@ BASES: dict[str, Base] = {
     "lora": Base("LoRA, no definitions", False, "peft", trained=True),
     "lora-gen": Base("LoRA-Gen, not trained on these tools' family", False, "generator"),
     "lora-gen-trained": Base("LoRA-Gen, trained on these tools' family", False, "generator", trained=True),
+    "minilm": Base("all-MiniLM-L6-v2, nearest name and description", False, "embedding"),
 }
 OPTIONS: dict[str, str] = {
     "cached": "prefix kept in the KV cache",
@@ -59,6 +61,7 @@ DEFAULT_ROWS: tuple[str, ...] = (
     "lora-gen-trained+grammar",
     "lora-gen-trained+match",
 )
+CHOICE_ROWS: tuple[str, ...] = ("lora-gen+match", "minilm")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,11 @@ class Row:
         """Whether requests are matched with tools by state too, which is what the product does."""
         return "match" in self.options
 
+    @property
+    def embedding(self) -> bool:
+        """Whether a sentence encoder stands in for the model."""
+        return self.base.source == "embedding"
+
 
 def row_from_name(name: str) -> Row:
     """Read a row's name.
@@ -119,6 +127,8 @@ def row_from_name(name: str) -> Row:
         raise DataError(f"Row {name!r}: only a prompt with definitions has a prefix to keep; leave '+cached' out.")
     if "match" in options and base.source != "generator":
         raise DataError(f"Row {name!r}: only a generator with a tool memory gives a state match; leave '+match' out.")
+    if base.source == "embedding" and options:
+        raise DataError(f"Row {name!r}: a sentence encoder takes no options; write {base_name!r}.")
     ordered = [option for option in OPTIONS if option in options]
     return Row("+".join([base_name, *ordered]), base, frozenset(ordered))
 
@@ -129,6 +139,19 @@ def rows_from_names(names: Sequence[str]) -> list[Row]:
     if not rows:
         raise DataError(f"No rows: name at least one, for example {REFERENCE}.")
     return list(rows.values())
+
+
+def check_rows(rows: Sequence[Row], *, choice_only: bool) -> None:
+    """See whether the rows do what is asked of them: only the choice of a tool, or whole steps.
+
+    Raises:
+        DataError: a row can't; the message names it.
+    """
+    for row in rows:
+        if choice_only and not (row.choice or row.embedding):
+            raise DataError(f"Row {row.name!r} chooses no tool before it writes: add '+match' or '+choice'.")
+        if not choice_only and row.embedding:
+            raise DataError(f"Row {row.name!r} only chooses a tool, it writes nothing: add --choice-only.")
 
 
 @dataclass(frozen=True)

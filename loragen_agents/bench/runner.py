@@ -8,26 +8,18 @@ and a machine that slows down slows all of them down. Knows nothing of models (a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Protocol
 
-from loragen_agents.bench.costs import TurnCost
 from loragen_agents.bench.results import Record, RunFolder
 from loragen_agents.bench.rows import Row
-from loragen_agents.bench.tasks import BenchSample, Task, step_record
+from loragen_agents.bench.tasks import BenchSample, Task, Written, step_record
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
-from loragen_agents.conversation.react import OBSERVATION_STOP, Answer, parse_step
+from loragen_agents.conversation.react import OBSERVATION_STOP, Answer, Step, parse_step
 from loragen_agents.registry import ToolRegistry
 
-
-@dataclass(frozen=True)
-class Written:
-    """What a row wrote after the thought question, why it stopped (stop, length), and what it cost."""
-
-    prompt: str
-    text: str
-    finish: str
-    cost: TurnCost
+# Of a large registry a record holds the likeliest tools only.
+_TOOLS_KEPT = 5
 
 
 class Session(Protocol):
@@ -38,7 +30,11 @@ class Session(Protocol):
 
     setup_seconds: float | None
 
-    def write(self, turns: Sequence[Turn]) -> Written: ...
+    def write(self, turns: Sequence[Turn]) -> Written:
+        """Decode the next step."""
+
+    def choose(self, turns: Sequence[Turn]) -> Written:
+        """Choose a tool or none, and write no more than that."""
 
 
 class Engine(Protocol):
@@ -59,7 +55,12 @@ def run_rows(
                 continue
             session = engine.open(row, block[0].registry, block[0].system_text)
             for sample in pending:
-                record = _record(task, row, sample, _write(session, sample))
+                if task.choice_only:
+                    written = session.choose(sample.turns)
+                    steps = [_step(written, sample)]
+                else:
+                    written, steps = _write(session, sample)
+                record = _record(task, row, sample, written, steps)
                 # Once a session: a registry that serves several blocks was set up for all of them.
                 record["setup_seconds"] = session.setup_seconds
                 session.setup_seconds = None
@@ -67,26 +68,35 @@ def run_rows(
                 progress(record)
 
 
-def _write(session: Session, sample: BenchSample) -> Written:
+def _write(session: Session, sample: BenchSample) -> tuple[Written, list[Step]]:
     """What the row writes; where several steps are due, one after the other, with the gold observation after each.
 
-    The cost is the first step's: a turn is one call of the model.
+    Calls may come in another order than the gold ones: a call is followed by what its own tool reports. The cost is the
+    first step's: a turn is one call of the model.
     """
     written = first = session.write(sample.turns)
+    steps = [_step(written, sample)]
     *earlier, last = sample.turns
     text = written.text
-    for due in sample.due[:-1]:
-        step = parse_step(written.text, sample.registry, cut_off=written.finish == "length")
+    due = list(sample.due)
+    while len(due) > 1:
+        step = steps[-1]
         if isinstance(step, Answer) or step.action is None or step.action_input is None:
             break
-        last = replace(last, steps=(*last.steps, TakenStep(step.action, step.action_input, due.observation)))
+        report = due.pop(next((place for place, one in enumerate(due) if one.action == step.action), 0)).observation
+        last = replace(last, steps=(*last.steps, TakenStep(step.action, step.action_input, report)))
         written = session.write((*earlier, last))
-        text = f"{text}{OBSERVATION_STOP} {due.observation}\n{THOUGHT_QUESTION}{written.text}"
-    return replace(first, text=text, finish=written.finish)
+        steps.append(_step(written, sample))
+        text = f"{text}{OBSERVATION_STOP} {report}\n{THOUGHT_QUESTION}{written.text}"
+    return replace(first, text=text, finish=written.finish), steps
 
 
-def _record(task: Task, row: Row, sample: BenchSample, written: Written) -> Record:
-    step = parse_step(written.text, sample.registry, cut_off=written.finish == "length")
+def _step(written: Written, sample: BenchSample) -> Step:
+    return parse_step(written.text, sample.registry, cut_off=written.finish == "length")
+
+
+def _record(task: Task, row: Row, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Record:
+    likeliest = sorted((written.tools or {}).items(), key=lambda item: -item[1])[:_TOOLS_KEPT]
     return {
         "row": row.name,
         "id": sample.id,
@@ -96,8 +106,9 @@ def _record(task: Task, row: Row, sample: BenchSample, written: Written) -> Reco
         "prompt": written.prompt,
         "generated": written.text,
         "finish": written.finish,
-        "step": step_record(step),
+        "step": step_record(steps[-1]),
+        "tools": {name: round(probability, 4) for name, probability in likeliest},
         "gold": sample.gold,
-        "scores": dict(task.score(sample, written.text, step)),
+        "scores": dict(task.score(sample, written, steps)),
         "cost": asdict(written.cost),
     }

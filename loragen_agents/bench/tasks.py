@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from loragen_agents.bench.costs import TurnCost
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.conversation.react import Answer, Step, ToolStep
 from loragen_agents.data.episodes import GoldCall
@@ -32,7 +33,7 @@ class BenchSample:
         registry, system_text: what is compressed, or put into the prompt.
         turns: the conversation; the last turn is open.
         gold: the gold continuation as text, from `Thought:` on.
-        call: the gold call, where the task judges calls; None where an answer without a tool is due.
+        calls: the gold calls, where the task judges calls, in any order; none where an answer without a tool is due.
         due: where the gold continuation takes several steps, all of them; what they report is shown to the model after
             each of its own.
     """
@@ -44,14 +45,31 @@ class BenchSample:
     turns: tuple[Turn, ...]
     gold: str
     system_text: str = ""
-    call: GoldCall | None = None
+    calls: tuple[GoldCall, ...] = ()
     due: tuple[TakenStep, ...] = ()
 
 
-class Scorer(Protocol):
-    """Judges what a model wrote after `Thought: Do I need to use a tool?`; gives the metrics that apply."""
+@dataclass(frozen=True)
+class Written:
+    """What a variant wrote after the thought question, why it stopped (stop, length), and what it cost.
 
-    def __call__(self, sample: BenchSample, generated: str, step: Step) -> Mapping[str, float]: ...
+    tools: where all tools were scored, each one's probability, given that one is called (or its cosine).
+    """
+
+    prompt: str
+    text: str
+    finish: str
+    cost: TurnCost
+    tools: Mapping[str, float] | None = None
+
+
+class Scorer(Protocol):
+    """Judges what a model wrote after `Thought: Do I need to use a tool?`; gives the metrics that apply.
+
+    written: of several steps, the first one's cost and all of their text. steps: each step, parsed.
+    """
+
+    def __call__(self, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,7 @@ class Task:
         metrics: metric -> heading, in the order of the table. Every score's keys are among them.
         headline: the metric that rows are ranked by in words.
         settings: what the samples were drawn by; goes into the result and is compared on resume.
+        choice_only: whether only the choice of a tool is asked for, which takes no decoding.
     """
 
     name: str
@@ -72,6 +91,7 @@ class Task:
     samples: Sequence[BenchSample]
     score: Scorer
     settings: Mapping[str, Any] = field(default_factory=dict)
+    choice_only: bool = False
 
     @property
     def fingerprint(self) -> str:

@@ -46,20 +46,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls = actions.add_parser("calls", help="tool calls on any registry and requests (tools.jsonl, calls_*.jsonl)")
     calls.add_argument(
         "--tools",
+        action="append",
         required=True,
         metavar="FILE",
-        help="tools.jsonl, from which registries are drawn, or a registry (YAML, or the name of a shipped one), which "
-        "is asked as it stands",
+        help="tools.jsonl, from which registries are drawn (also several times), or a registry (YAML, or the name of a "
+        "shipped one), which is asked as it stands",
     )
     calls.add_argument(
         "--calls",
+        action="append",
         required=True,
         metavar="FILE",
-        help="calls_dev.jsonl, for example, or everyday: 60 requests to the assistant's tools",
+        help="calls_dev.jsonl, for example (also several times), or everyday: 60 requests to the assistant's tools",
+    )
+    calls.add_argument(
+        "--registry",
+        choices=("drawn", "whole", "part", "mixed"),
+        default="drawn",
+        help="drawn: small registries with tools that are hard to tell apart, new ones every 8 requests; whole: all "
+        "tools of an application; part: --size tools of an application; mixed: --size tools of all sources "
+        "(default: drawn)",
     )
     calls.add_argument("--size", type=int, default=8, metavar="N", help="tools in a registry (default: 8)")
     calls.add_argument(
-        "--requests", "--limit", type=int, default=40, metavar="N", help="requests of each source (default: 40)"
+        "--requests",
+        "--limit",
+        type=int,
+        default=40,
+        metavar="N",
+        help="requests of each source; with --registry mixed of all together (default: 40)",
+    )
+    calls.add_argument(
+        "--per-registry",
+        type=int,
+        metavar="N",
+        help="requests to one registry, with --registry part or mixed (default: --size, at least 10)",
+    )
+    calls.add_argument(
+        "--steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ask requests that take N calls, each made behind the observation of the one before (default: 1)",
+    )
+    calls.add_argument(
+        "--near-duplicates",
+        type=Path,
+        metavar="FILE",
+        help="JSON object of lists of tool ids that could answer the same request: one of each list to a registry",
+    )
+    calls.add_argument(
+        "--choice-only", action="store_true", help="ask for the right tool alone, which takes a pass over the prompt"
     )
     calls.add_argument("--seed", type=int, default=0, help="of the registries and requests (default: 0)")
     calls.add_argument(
@@ -69,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the tools' names: their own, or made-up words with different first tokens (default: real)",
     )
     calls.add_argument(
-        "--unserved", type=float, default=0.0, metavar="SHARE", help="share of requests that no tool of theirs serves"
+        "--irrelevant", type=float, default=0.0, metavar="SHARE", help="share of requests that no tool of theirs serves"
     )
     calls.add_argument("--input-format", choices=("json", "csv"), default="json", help="how inputs are written")
     _add_run_arguments(calls, str(_CALL_TOKENS))
@@ -146,28 +183,57 @@ def _gpt4tools(arguments: argparse.Namespace) -> int:
 
 def _calls(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench import everyday_calls
-    from loragen_agents.bench.calls import calls_task, registry_task
-    from loragen_agents.commands.options import read_tools as read_registry
-    from loragen_agents.data.records import read_calls, read_tools
+    from loragen_agents.bench.calls import application_task, calls_task, read_data, read_near_duplicates, registry_task
+    from loragen_agents.bench.registries import Draw
+    from loragen_agents.commands.options import read_tools
+    from loragen_agents.data.records import read_calls
+    from loragen_agents.errors import DataError
 
-    file = everyday_calls() if arguments.calls == "everyday" else Path(arguments.calls)
-    if not arguments.tools.endswith(".jsonl"):
-        registry = read_registry(arguments.tools)
-        whole = registry_task(registry, read_calls(file), Path(arguments.tools).stem)
-        return _run(arguments, _engine(arguments, "calls", _CALL_TOKENS), whole)
-    tools = read_tools(arguments.tools)
-    calls = read_calls(file, tools)
+    files = [everyday_calls() if name == "everyday" else Path(name) for name in arguments.calls]
+    if not all(name.endswith(".jsonl") for name in arguments.tools):
+        if len(arguments.tools) > 1:
+            raise DataError("--tools takes one registry, or any number of tools.jsonl files.")
+        (name,) = arguments.tools
+        calls = [record for file in files for record in read_calls(file)]
+        fixed = registry_task(read_tools(name), calls, Path(name).stem, choice_only=arguments.choice_only)
+        return _run(arguments, _engine(arguments, "calls", _CALL_TOKENS), fixed)
+    data = read_data(map(Path, arguments.tools), files)
+    groups = read_near_duplicates(arguments.near_duplicates) if arguments.near_duplicates else []
     engine = _engine(arguments, "calls", _CALL_TOKENS)
+    name_key = engine.first_token if arguments.names == "invented" else None
+    if arguments.registry != "drawn":
+        draw = Draw(
+            scheme=arguments.registry,
+            size=arguments.size,
+            requests=arguments.requests,
+            per_registry=arguments.per_registry or max(10, arguments.size),
+            irrelevant=arguments.irrelevant,
+            steps=arguments.steps,
+            names=arguments.names,
+            input_format=arguments.input_format,
+        )
+        task = application_task(
+            data,
+            draw,
+            seed=arguments.seed,
+            near_duplicates=groups,
+            name_key=name_key,
+            choice_only=arguments.choice_only,
+        )
+        return _run(arguments, engine, task)
+    if arguments.steps != 1 or groups or arguments.per_registry:
+        raise DataError("--steps, --near-duplicates and --per-registry need --registry whole, part or mixed.")
     task = calls_task(
-        tools,
-        calls,
+        data.tools,
+        data.calls,
         registry_size=arguments.size,
         requests=arguments.requests,
         seed=arguments.seed,
         names=arguments.names,
-        unserved=arguments.unserved,
+        irrelevant=arguments.irrelevant,
         input_format=arguments.input_format,
-        name_key=engine.first_token if arguments.names == "invented" else None,
+        name_key=name_key,
+        choice_only=arguments.choice_only,
     )
     return _run(arguments, engine, task)
 
@@ -175,10 +241,11 @@ def _calls(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> int:
     from loragen_agents.bench import report
     from loragen_agents.bench.launch import launch
-    from loragen_agents.bench.rows import DEFAULT_ROWS, rows_from_names
+    from loragen_agents.bench.rows import CHOICE_ROWS, DEFAULT_ROWS, rows_from_names
     from loragen_agents.support.console import print_json
 
-    rows = rows_from_names(arguments.rows.split(",") if arguments.rows else DEFAULT_ROWS)
+    default = CHOICE_ROWS if task.choice_only else DEFAULT_ROWS
+    rows = rows_from_names(arguments.rows.split(",") if arguments.rows else default)
     document = launch(
         task,
         rows,

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from loragen_agents.bench import everyday_calls
-from loragen_agents.bench.calls import METRICS, calls_task, normalised, registry_task, score_call
-from loragen_agents.bench.tasks import BenchSample
+from loragen_agents.bench.call_scores import METRICS, normalised, score_call, score_choice
+from loragen_agents.bench.calls import calls_task, registry_task
+from loragen_agents.bench.costs import TurnCost
+from loragen_agents.bench.tasks import BenchSample, Written
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, Turn
 from loragen_agents.conversation.react import parse_step
 from loragen_agents.data.episodes import GoldCall
@@ -43,21 +45,21 @@ def test_drawn_task_is_a_function_of_its_arguments() -> None:
     assert task.fingerprint != calls_task(tools, calls, registry_size=4, requests=12, seed=4).fingerprint
     assert [sample.source for sample in task.samples] == ["north"] * 12 + ["south"] * 12
     for sample in task.samples:
-        assert len(sample.registry) == 4 and sample.call is not None and sample.call.name in sample.registry
+        assert len(sample.registry) == 4 and sample.calls[0].name in sample.registry
         step = parse_step(sample.gold.removeprefix(THOUGHT_QUESTION), sample.registry)
-        assert set(task.score(sample, "", step).values()) == {1.0}
+        assert set(task.score(sample, written(""), [step]).values()) == {1.0}
     assert len({(sample.turns, sample.registry.fingerprint) for sample in task.samples}) == 24
 
 
 def test_invented_names_and_requests_that_no_tool_serves() -> None:
     tools, calls = data()
-    task = calls_task(tools, calls, registry_size=4, requests=12, names="invented", unserved=0.5)
+    task = calls_task(tools, calls, registry_size=4, requests=12, names="invented", irrelevant=0.5)
     real = {tool.name for tool in tools.values()}
     assert not any(name in real for sample in task.samples for name in sample.registry.names)
     for source in ("north", "south"):
-        assert sum(sample.call is None for sample in task.samples if sample.source == source) == 6
+        assert sum(not sample.calls for sample in task.samples if sample.source == source) == 6
     for sample in task.samples:
-        if sample.call is None:
+        if not sample.calls:
             topic = sample.turns[-1].request.split()[1].strip("?")
             assert not any(topic.title() in tool.description for tool in sample.registry)
 
@@ -70,7 +72,7 @@ def test_the_everyday_requests_fit_the_assistants_tools() -> None:
     kinds = [sample.kind for sample in task.samples]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "call": 40,
-        "unserved": 10,
+        "irrelevant": 10,
         "two calls, first": 10,
         "next_call": 10,
     }
@@ -78,7 +80,7 @@ def test_the_everyday_requests_fit_the_assistants_tools() -> None:
         assert sample.registry == registry
         assert len(sample.turns[-1].steps) == (sample.kind == "next_call")
         step = parse_step(sample.gold.removeprefix(THOUGHT_QUESTION), registry)
-        assert set(task.score(sample, "", step).values()) == {1.0}
+        assert set(task.score(sample, written(""), [step]).values()) == {1.0}
 
 
 def test_requests_that_a_registry_does_not_fit_are_errors() -> None:
@@ -98,7 +100,7 @@ def test_impossible_draws_are_errors() -> None:
     with pytest.raises(DataError, match="one split"):
         calls_task(tools, [])
     with pytest.raises(DataError, match="expected 0 to below 1"):
-        calls_task(tools, calls, unserved=1.0)
+        calls_task(tools, calls, irrelevant=1.0)
 
 
 REGISTRY = ToolRegistry(
@@ -122,10 +124,14 @@ REGISTRY = ToolRegistry(
 )
 
 
+def written(text: str, tools: dict[str, float] | None = None) -> Written:
+    return Written("", text, "stop", TurnCost(1, 0, 1, 0.1, 0.1), tools)
+
+
 def judged(gold: dict[str, Any] | None, text: str) -> dict[str, float]:
-    call = None if gold is None else GoldCall("book", gold)
-    sample = BenchSample("1", "own", "call", REGISTRY, (Turn("?"),), "", call=call)
-    return score_call(sample, text, parse_step(text, REGISTRY))
+    calls = () if gold is None else (GoldCall("book", gold),)
+    sample = BenchSample("1", "own", "call", REGISTRY, (Turn("?"),), "", calls=calls)
+    return score_call(sample, written(text), [parse_step(text, REGISTRY)])
 
 
 def call_text(arguments: str, name: str = "book") -> str:
@@ -162,9 +168,41 @@ def test_calls_by_the_rules(gold: dict[str, Any], arguments: str, expected: tupl
 
 def test_wrong_tool_and_missing_call() -> None:
     nothing = {"tool": 0.0, "arguments_exact": 0.0, "arguments": 0.0, "call": 0.0}
-    assert judged({"city": "Oslo"}, call_text("{}", "cancel")) == nothing
-    assert judged({"city": "Oslo"}, " No\nAI: Which city?") == nothing
-    assert judged({"city": "Oslo"}, "rubbish") == nothing
+    assert judged({"city": "Oslo"}, call_text("{}", "cancel")) == {"called": 1.0, **nothing}
+    assert judged({"city": "Oslo"}, " No\nAI: Which city?") == {"called": 0.0, **nothing}
+    assert judged({"city": "Oslo"}, "rubbish") == {"called": 0.0, **nothing}
+
+
+def test_several_calls_are_right_in_any_order_and_only_together() -> None:
+    golds = (GoldCall("book", {"city": "Oslo", "nights": 2}), GoldCall("cancel", {}))
+    sample = BenchSample("1", "own", "2 calls", REGISTRY, (Turn("?"),), "", calls=golds)
+    book = parse_step(call_text('{"city": "Oslo", "nights": 2}'), REGISTRY)
+    other = parse_step(call_text('{"city": "Rome", "nights": 2}'), REGISTRY)
+    cancel = parse_step(call_text("{}", "cancel"), REGISTRY)
+    expected = {"called": 1.0, "tool": 1.0, "arguments_exact": 1.0, "arguments": 1.0, "call": 1.0}
+    assert score_call(sample, written(""), [book, cancel]) == expected
+    assert score_call(sample, written(""), [cancel, book]) == expected
+    assert score_call(sample, written(""), [cancel, other]) == {
+        "called": 1.0, "tool": 1.0, "arguments_exact": 0.75, "arguments": 0.75, "call": 0.0
+    }  # fmt: skip
+    for steps in ([book], [book, book], [book, parse_step(" No\nAI: Done.", REGISTRY)]):
+        result = score_call(sample, written(""), steps)
+        assert (result["tool"], result["call"], result["arguments"]) == (0.0, 0.0, 0.5)
+
+
+def test_a_choice_is_judged_by_its_tool_and_by_the_likeliest() -> None:
+    due = BenchSample("1", "own", "call", REGISTRY, (Turn("?"),), "", calls=(GoldCall("book", {}),))
+    none_due = BenchSample("2", "own", "irrelevant", REGISTRY, (Turn("?"),), "")
+    right, wrong = {"book": 0.7, "cancel": 0.3}, {"book": 0.3, "cancel": 0.7}
+
+    def choice(sample: BenchSample, text: str, tools: dict[str, float]) -> dict[str, float]:
+        return score_choice(sample, written(text, tools), [parse_step(text, REGISTRY)])
+
+    assert choice(due, " Yes\nAction: book", right) == {"tool": 1.0, "best": 1.0, "called": 1.0}
+    assert choice(due, " Yes\nAction: cancel", wrong) == {"tool": 0.0, "best": 0.0, "called": 1.0}
+    assert choice(due, " No\nAI:", right) == {"tool": 0.0, "best": 1.0, "called": 0.0}
+    assert choice(none_due, " No\nAI:", right) == {"no_call": 1.0}
+    assert choice(none_due, " Yes\nAction: book", right) == {"no_call": 0.0}
 
 
 def test_no_call() -> None:

