@@ -14,21 +14,20 @@ from rich.table import Table
 from rich.text import Text
 
 from loragen_agents.bench.results import Record
-from loragen_agents.bench.rows import Row
 from loragen_agents.support.console import messages, visible
 
 
 class LiveTable:
     """A context in which calls with a record update the table. Draws on stderr, and only on a terminal.
 
-    rows: the rows that are run; missing: row -> what makes its weights, shown in the row's place.
+    rows: names of the table's rows; missing: row -> what makes its weights, shown in the row's place.
     """
 
     def __init__(
         self,
         title: str,
         metrics: Mapping[str, str],
-        rows: Sequence[Row],
+        rows: Sequence[str],
         missing: Mapping[str, str],
         records: Sequence[Record],
         total: int,
@@ -78,15 +77,15 @@ class LiveTable:
         for heading in (*self._metrics.values(), "n", "first token, ms"):
             table.add_column(heading, justify="right")
         for row in self._rows:
-            if row.name in self._missing:
-                table.add_row(Text(row.name, style="dim"), Text("no weights yet", style="dim"))
+            if row in self._missing:
+                table.add_row(Text(row, style="dim"), Text("no weights yet", style="dim"))
                 continue
-            cells = [self._scores[row.name, metric] for metric in self._metrics]
-            first = self._first[row.name]
+            cells = [self._scores[row, metric] for metric in self._metrics]
+            first = self._first[row]
             table.add_row(
-                row.name,
+                row,
                 *(f"{100 * fmean(values):.1f}" if values else "" for values in cells),
-                str(self._scored[row.name]),
+                str(self._scored[row]),
                 f"{1000 * median(first):.0f}" if first else "",
             )
         return Group(table, self._progress)

@@ -76,7 +76,12 @@ def launch(
     complete = False
     try:
         table = LiveTable(
-            task.title, task.metrics, rows, missing, folder.records, total=len(runnable) * len(task.samples)
+            task.title,
+            task.metrics,
+            [row.name for row in rows],
+            missing,
+            folder.records,
+            total=len(runnable) * len(task.samples),
         )
         with table, suppress(KeyboardInterrupt):
             run_rows(task, runnable, engine, folder, table)

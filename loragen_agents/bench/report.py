@@ -112,9 +112,11 @@ def render(results: Mapping[str, Any]) -> RenderableType:
         parts.append(text_table("By source, %", *by_source))
     headings, cells = cost_table(results)
     brief = [place for place, heading in enumerate(headings) if heading not in _FULL_ONLY]
-    parts.append(
-        text_table("Cost", [headings[place] for place in brief], [[row[place] for place in brief] for row in cells])
-    )
+    if cells:
+        table = text_table(
+            "Cost", [headings[place] for place in brief], [[row[place] for place in brief] for row in cells]
+        )
+        parts.append(table)
     parts += [Text(visible(f"{name}: {row['title']}"), style="dim") for name, row in results["rows"].items()]
     parts += [Text(visible(line)) for line in missing_lines(results)]
     return Group(*parts)
@@ -150,8 +152,19 @@ def markdown(results: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
     for key in ("source", "kind"):
         if table := group_table(results, key):
             lines += [f"## By {key}", "", *markdown_table(*table)]
-    lines += ["## Cost", "", *markdown_table(*cost_table(results))]
-    lines += [
+    lines += _cost_lines(results)
+    lines += [f"![{name}]({name})" for name in plots]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cost_lines(results: Mapping[str, Any]) -> list[str]:
+    headings, cells = cost_table(results)
+    if not cells:
+        return []
+    return [
+        "## Cost",
+        "",
+        *markdown_table(headings, cells),
         f"A turn of {results['equal_tokens']} tokens: median time to the first token and {results['equal_tokens'] - 1} "
         "times the median time of a further one; rows write texts of different lengths, this compares them at one. "
         "Set-up is specialising, or reading the prefix into the cache. Break-even: turns after which specialising has "
@@ -159,8 +172,6 @@ def markdown(results: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
         "weights and the most that a turn added.",
         "",
     ]
-    lines += [f"![{name}]({name})" for name in plots]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:

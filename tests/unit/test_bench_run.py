@@ -241,7 +241,7 @@ def test_report_and_tables(task: Task, tmp_path: Path) -> None:
 
 def test_live_table_counts_as_it_goes(task: Task) -> None:
     folder = RunFolder(None, header(task))
-    table = LiveTable(task.title, task.metrics, ROWS, {}, [], total=2 * len(task.samples))
+    table = LiveTable(task.title, task.metrics, [row.name for row in ROWS], {}, [], total=2 * len(task.samples))
     with table:
         run_rows(task, ROWS, FakeEngine(task), folder, table)
     with console.capture() as capture:

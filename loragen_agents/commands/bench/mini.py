@@ -1,0 +1,25 @@
+"""`loragen-agents bench mini`: GPT4Tools-mini as files."""
+
+import argparse
+from pathlib import Path
+
+NAME = "mini"
+HELP = "write GPT4Tools-mini as files in GPT4Tools' format"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from loragen_agents.data.gpt4tools_mini import PARTS
+    from loragen_agents.data.gpt4tools_mini_rows import write_mini
+    from loragen_agents.support.console import print_json, say
+
+    written = {part: write_mini(part, arguments.out) for part in PARTS}
+    if arguments.json:
+        print_json({part: {"file": str(path), "samples": count} for part, (path, count) in written.items()})
+        return 0
+    for path, count in written.values():
+        say(f"{path}: {count} samples")
+    return 0
