@@ -36,6 +36,11 @@ _CHUNK = 512
 _ROOM = 256
 # Below this, a beginning that all prompts of a batch share is not worth a pass of its own.
 _SHARED_HEAD = 32
+# In 16-bit dtypes the last bit of a token's keys and values depends on how many tokens a pass reads, and now and then a
+# greedy answer depends on that bit. There, prompts are read in passes of this many tokens, and only the states of whole
+# passes are used again: the same prompt gives the same answer whatever was read before. Longer passes would leave less
+# to use again, shorter ones take longer to read.
+_ALIGNED = 128
 # Tokens scored in one pass: their logits over the whole vocabulary are held at once.
 _SCORED = 256
 
@@ -133,6 +138,8 @@ class Decoder:
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(_end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids)
         self.prefixes = PrefixStore() if prefixes is None else prefixes
+        # In float32 the differences are too small to decide anything: every state can be used again.
+        self._aligned = model.dtype.itemsize < 4
         self._runtime = Runtime(model)
         self._state: list[Any] = []
         self._bound: Forward | None = None
@@ -209,7 +216,8 @@ class Decoder:
     ) -> ReadPrompt:
         """Read a prompt without generating.
 
-        pin: keep its keys and values for good, as the beginning that many prompts will share.
+        pin: keep its keys and values for good, as the beginning that many prompts will share; in 16-bit dtypes those
+            of its whole passes of `_ALIGNED` tokens.
         capture: layers whose `activations` are wanted.
         updates: run beside the model's weights.
 
@@ -242,9 +250,9 @@ class Decoder:
         forward = self._forward()
         history = extended(() if behind is None else behind.history, len(before), updates)
         if behind is None:
-            cache, (known,) = self._opened(forward, [parts[0]], [history], room=ends[-1] - ends[0])
+            cache, (known,), (cached,) = self._opened(forward, [parts[0]], [history], room=ends[-1] - ends[0])
         else:
-            cache, known = KVCache(1, len(tokens)), len(before)
+            cache, known, cached = KVCache(1, len(tokens)), len(before), behind.cached_tokens
             cache.fill([behind.states], [known])
         # What is asked for stands in the last pass, whatever its width; before it, passes are bounded.
         early = known + (ends[0] - 1 - known) // _CHUNK * _CHUNK
@@ -257,10 +265,12 @@ class Decoder:
         logits = forward(ids, cache, keep, captured=captured, updates=[updates])[0]
         cache.advance([len(tokens) - early])
         states = cache.snapshot(0)
-        self.prefixes.add(tokens, states, pinned=pin, history=history)
+        if not self._aligned:
+            self.prefixes.add(tokens, states, pinned=pin, history=history)
+        elif pin and behind is None and known:
+            self.prefixes.add(tokens[:known], states.first(known).copy(), pinned=True, history=history)
         found = [activations[0] for activations in captured.values() if activations is not None]
         activations = torch.stack(found, dim=1) if found else None  # (parts, layers, intermediate size)
-        cached = known if behind is None else behind.cached_tokens
         return [
             ReadPrompt(
                 tuple(tokens[:end]),
@@ -347,9 +357,11 @@ class Decoder:
         histories: Sequence[History],
         room: int,
         forced: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[KVCache, list[int]]:
-        """A cache with one row for each prompt, begun with what is known of it, and how many tokens that is.
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[KVCache, list[int], list[int]]:
+        """A cache with one row for each prompt, begun with what is known of it.
 
+        Also returned: how many tokens that is for each row, and how many of them were known before.
         At least the last token of a prompt is left to be read, except where the prompt was read as a whole.
         histories: how each row is to have been read at the end.
         forced: tokens that follow each prompt in any case; of these, too, some may be known.
@@ -357,22 +369,48 @@ class Decoder:
         plain = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, ReadPrompt)]
         head, shared = None, 0
         # What is read with updates of its own is shared with no other row.
-        if len(plain) > 1 and all(histories[place] == histories[plain[0]] for place in plain):
+        if len(plain) > 1 and not self._aligned and all(histories[place] == histories[plain[0]] for place in plain):
             head, shared = self._shared_head(forward, [list(_tokens(prompts[p])) for p in plain], histories[plain[0]])
         states: list[Snapshot | None] = []
         lengths: list[int] = []
+        cached: list[int] = []
         for prompt, history, behind in zip(prompts, histories, forced or [()] * len(prompts), strict=True):
             known: tuple[Snapshot | None, int] = head, shared
+            kept: int | None = None
             if isinstance(prompt, ReadPrompt):
                 known = prompt.states, len(prompt.token_ids)
-            if behind or not isinstance(prompt, ReadPrompt):
+            elif self._aligned:
+                known, kept = self._whole_passes(forward, prompt, history, cancelled)
+            if not self._aligned and (behind or not isinstance(prompt, ReadPrompt)):
                 found = self.prefixes.find([*_tokens(prompt), *behind][:-1], history)
                 known = found if found[1] > known[1] else known
             states.append(known[0])
             lengths.append(known[1])
+            cached.append(known[1] if kept is None else kept)
         cache = KVCache(len(prompts), max([*map(len, map(_tokens, prompts)), *lengths]) + room)
         cache.fill(states, lengths)
-        return cache, lengths
+        return cache, lengths, cached
+
+    def _whole_passes(
+        self, forward: Forward, prompt: Sequence[int], history: History, cancelled: Callable[[], bool]
+    ) -> tuple[tuple[Snapshot | None, int], int]:
+        """The states of a prompt's whole passes of `_ALIGNED` tokens, how many tokens that is, and how many were kept.
+
+        What is missing is read. At least the last token is left.
+        """
+        states, known = self.prefixes.find(prompt[:-1], history)
+        known -= known % _ALIGNED
+        cached = known
+        whole = (len(prompt) - 1) // _ALIGNED * _ALIGNED
+        if known < whole:
+            cache = KVCache(1, whole)
+            cache.fill([states], [known])
+            updates = history[0][1] if history else None
+            _feed(forward, cache, [prompt[known:whole]], self.model.device, [updates], cancelled, _ALIGNED)
+            (known,) = cache.lengths
+            states = cache.snapshot(0)
+            self.prefixes.add(prompt[:known], states, history=history)
+        return (states, known), cached
 
     def _shared_head(self, forward: Forward, prompts: list[list[int]], history: History) -> tuple[Snapshot | None, int]:
         """What all prompts begin with, read once for all of them, and its length; 0 where it is known or too short."""
@@ -382,7 +420,7 @@ class Decoder:
         _, known = self.prefixes.find(head, history)
         if len(head) - known < _SHARED_HEAD:
             return None, 0
-        cache, (cached,) = self._opened(forward, [head], [history], room=0)
+        cache, (cached,), _ = self._opened(forward, [head], [history], room=0)
         # Plain prompts are read with the same updates from their first token on.
         _feed(forward, cache, [head[cached:]], self.model.device, [history[0][1] if history else None])
         states = cache.snapshot(0)
@@ -437,10 +475,10 @@ class _Sequence:
             self.matcher = self.grammar.matcher(size, sorted(self.stop_token_ids))
             self._extend(self._forced())
 
-    def begin(self, known: int) -> None:
-        """Leave to be read what follows the first `known` tokens."""
+    def begin(self, known: int, cached: int) -> None:
+        """Leave to be read what follows the first `known` tokens, of which the first `cached` were not read for it."""
         prompt = _tokens(self.prompt)
-        self.cached = min(known, len(prompt))
+        self.cached = min(cached, len(prompt))
         self.pending = [*prompt, *self.tokens][known:]
 
     def choose(self, logits: Tensor) -> None:
@@ -530,6 +568,8 @@ class _Run:
             return False
         if self._forward is None or self._cache is None:
             self._begin()
+            if self._cancelled():
+                return False
         assert self._forward is not None and self._cache is not None
         self._drop_finished()
         if not self._rows:
@@ -548,14 +588,15 @@ class _Run:
         return True
 
     def end(self) -> None:
-        """Settle what is left: unfinished sequences count as cancelled. A single sequence is kept as a prefix."""
+        """Settle what is left: unfinished sequences count as cancelled. A single one is kept as a prefix (float32)."""
         if self.ended:
             return
         self.ended = True
         now = time.perf_counter() - self._started if self._started else 0.0
         for sequence in self.sequences:
             sequence.end(sequence.seconds or now)
-        if self._cache is not None and len(self.sequences) == 1 and self._cache.lengths[0]:
+        kept = len(self.sequences) == 1 and not self._decoder._aligned
+        if kept and self._cache is not None and self._cache.lengths[0]:
             (only,) = self.sequences
             read = [*_tokens(only.prompt), *only.tokens][: self._cache.lengths[0]]
             with torch.inference_mode():
@@ -568,9 +609,11 @@ class _Run:
             sequence.prepare(self._decoder)
         prompts, forced = zip(*((sequence.prompt, sequence.tokens) for sequence in self.sequences), strict=True)
         histories = [sequence.history for sequence in self.sequences]
-        self._cache, known = self._decoder._opened(self._forward, prompts, histories, room, forced)
-        for sequence, length in zip(self.sequences, known, strict=True):
-            sequence.begin(length)
+        self._cache, known, cached = self._decoder._opened(
+            self._forward, prompts, histories, room, forced, self._cancelled
+        )
+        for sequence, *lengths in zip(self.sequences, known, cached, strict=True):
+            sequence.begin(*lengths)
 
     def _drop_finished(self) -> None:
         assert self._cache is not None
@@ -590,19 +633,21 @@ def _feed(
     device: torch.device,
     updates: RowUpdates,
     cancelled: Callable[[], bool] = lambda: False,
+    width: int | None = None,
 ) -> list[Tensor | None]:
-    """Feed each row its tokens, in passes of at most `_CHUNK`; return the logits (vocabulary,) behind each row's last.
+    """Feed each row its tokens, at most `width` a pass; return the logits (vocabulary,) behind each row's last.
 
     None for a row without tokens, and for those whose last token was not reached before `cancelled`.
     """
+    width = width or _CHUNK
     logits: list[Tensor | None] = [None] * len(tokens)
-    for begin in range(0, max(map(len, tokens)), _CHUNK):
+    for begin in range(0, max(map(len, tokens)), width):
         if begin and cancelled():
             break
-        parts = [row[begin : begin + _CHUNK] for row in tokens]
+        parts = [row[begin : begin + width] for row in tokens]
         counts = [len(part) for part in parts]
-        width = max(counts)
-        ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=device)
+        longest = max(counts)
+        ids = torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts], device=device)
         keep = torch.tensor([[max(0, count - 1)] for count in counts], device=device)
         result = forward(ids, cache, keep, updates=updates)
         cache.advance(counts)

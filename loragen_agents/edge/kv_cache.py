@@ -144,6 +144,10 @@ class Snapshot:
         """A view of the first tokens."""
         return Snapshot(tuple(layer[:, :, :, :tokens] for layer in self.layers))
 
+    def copy(self) -> "Snapshot":
+        """The same in memory of its own, which does not hold on to that of a longer snapshot."""
+        return Snapshot(tuple(layer.clone() for layer in self.layers))
+
 
 History = tuple[tuple[int, Any], ...]
 """How tokens were read: (place, updates) for each place from which on the model ran with other updates than before.

@@ -20,7 +20,8 @@ from transformers import (
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.unmerged import apply_lora
-from loragen_agents.edge.decoding import Completion, Decoder, Sampling
+from loragen_agents.edge import decoding
+from loragen_agents.edge.decoding import Completion, Decoder, ReadPrompt, Sampling
 from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore
 from loragen_agents.edge.lean_forward import LeanForward, _linear_in_float32
@@ -311,6 +312,64 @@ def test_a_kept_prefix_changes_nothing_but_the_reading(family: str) -> None:
     third = decoder.generate([other], Sampling(max_tokens=10))[0]
     assert third.cached_tokens >= 20
     assert third.token_ids == reference(model, other, 10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_bf16_states_do_not_depend_on_what_was_read_before(family: str) -> None:
+    decoder = Decoder(family_model(family).to(torch.bfloat16), TOKENIZER)  # type: ignore[arg-type]
+    prompt = PROMPTS[3] * 8
+    assert len(prompt) > 2 * decoding._ALIGNED
+
+    def fresh() -> ReadPrompt:
+        decoder.prefixes.clear()
+        return decoder.read(prompt)
+
+    expected = fresh()
+    assert expected.cached_tokens == 0
+    # The same again: whole passes are not read anew, the rest is.
+    assert decoder.read(prompt).cached_tokens == len(prompt) // decoding._ALIGNED * decoding._ALIGNED
+
+    def the_same() -> None:
+        found = decoder.read(prompt)
+        assert torch.equal(found.logits, expected.logits)
+        for own, other in zip(found.states.layers, expected.states.layers, strict=True):
+            assert torch.equal(own, other)
+
+    the_same()
+    for length in (1, 5, 70, 128, 129, 200, len(prompt) - 1):
+        decoder.prefixes.clear()
+        decoder.read(prompt[:length], pin=length == 200)
+        the_same()
+    # What was generated is read one token at a time, what a batch shares in wide passes.
+    decoder.prefixes.clear()
+    generated = decoder.generate([prompt[:100]], Sampling(max_tokens=60))[0]
+    prompt = [*prompt[:100], *generated.token_ids, *prompt]
+    expected = fresh()
+    decoder.prefixes.clear()
+    decoder.generate([prompt[:100]], Sampling(max_tokens=60))
+    the_same()
+    decoder.prefixes.clear()
+    decoder.generate([[*prompt[:150], 7], [*prompt[:150], 8, 9]], Sampling(max_tokens=2))
+    the_same()
+
+
+def test_cancelling_ends_the_reading_of_a_long_bf16_prompt() -> None:
+    decoder = Decoder(tiny_model("llama", dtype=torch.bfloat16), TOKENIZER)
+    cancel = threading.Event()
+    stream = decoder.stream(PROMPTS[3] * 20, Sampling(max_tokens=3), cancel=cancel)
+    original = decoder._forward()
+    passes = 0
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        cancel.set()
+        return original(*args, **kwargs)
+
+    decoder._bound = counted  # type: ignore[assignment]
+    assert list(stream) == []
+    assert stream.completion.finish_reason == "cancelled"
+    assert passes == 1
 
 
 def test_a_batch_reads_a_shared_head_once(llama: Decoder) -> None:
