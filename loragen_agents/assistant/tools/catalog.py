@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.tools import StructuredTool
 
 from loragen_agents.assistant.results import Result
 from loragen_agents.assistant.tools import data, dates, files, images, maths, notes, system
@@ -47,22 +47,33 @@ ASK_FIRST = frozenset(
 )
 
 
+class AssistantTool(StructuredTool):
+    """One of the assistant's own tools. A class of its own, as a server's tool could claim any metadata.
+
+    group: what it is switched on and off with.
+    asks: whether the user has to say yes to each call.
+    """
+
+    group: str
+    asks: bool
+
+
 @lru_cache(maxsize=1)
 def registry() -> ToolRegistry:
     """All of the assistant's tools as the model knows them."""
     return ToolRegistry.from_yaml(content_folder("tools") / "assistant.yaml")
 
 
-def all_tools(context: Context) -> dict[str, list[BaseTool]]:
+def all_tools(context: Context) -> dict[str, list[AssistantTool]]:
     """The assistant's tools by group, in the order of the registry file."""
-    made: dict[str, list[BaseTool]] = {}
+    made: dict[str, list[AssistantTool]] = {}
     for group, functions in GROUPS.items():
         by_name = functions(context)
         made[group] = [langchain_tool(tool, by_name[tool.name], group) for tool in registry() if tool.name in by_name]
     return made
 
 
-def chosen_tools(context: Context, wanted: Iterable[str] = ()) -> list[BaseTool]:
+def chosen_tools(context: Context, wanted: Iterable[str] = ()) -> list[AssistantTool]:
     """The tools that `wanted` names, by tool name or group; all of them where it names none.
 
     Raises:
@@ -81,7 +92,7 @@ def chosen_tools(context: Context, wanted: Iterable[str] = ()) -> list[BaseTool]
     return [tool for tool in everything if not names or tool.name in names]
 
 
-def langchain_tool(tool: Tool, function: Callable[..., Result], group: str) -> BaseTool:
+def langchain_tool(tool: Tool, function: Callable[..., Result], group: str) -> AssistantTool:
     """A function as a LangChain tool described by `tool`; the `Result` is the artifact beside the model's text."""
 
     def run(**arguments: Any) -> tuple[str, Result]:
@@ -92,11 +103,12 @@ def langchain_tool(tool: Tool, function: Callable[..., Result], group: str) -> B
         result = function(**given)
         return result.for_model, result
 
-    return StructuredTool(
+    return AssistantTool(
         name=tool.name,
         description=tool.description,
         args_schema=tool.parameters,
         func=run,
         response_format="content_and_artifact",
-        metadata={"group": group, "asks": tool.name in ASK_FIRST},
+        group=group,
+        asks=tool.name in ASK_FIRST,
     )
