@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from loragen_agents.errors import ArgumentError
 from loragen_agents.registry import json_schema
-from loragen_agents.registry.registry import InputFormat, Tool
+from loragen_agents.registry.csv_values import is_scalar, scalar_text
+from loragen_agents.registry.tool import InputFormat, Tool
 
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 
@@ -36,7 +37,7 @@ def bind_arguments(tool: Tool, action_input: str, input_format: InputFormat) -> 
     _validate(tool, arguments)
     for name, value in arguments.items():
         # JSON Schema counts 5.0 as an integer; a Python tool that asked for an int should get one.
-        if isinstance(value, float) and "number" not in _kinds(tool, name) and value.is_integer():
+        if isinstance(value, float) and value.is_integer() and "number" not in _kinds(tool, name):
             arguments[name] = int(value)
     return arguments
 
@@ -75,14 +76,11 @@ def _schema(tool: Tool, argument: str) -> Any:
 
 
 def _kinds(tool: Tool, argument: str) -> frozenset[str]:
-    return tool.types_of(argument) if argument in tool.argument_names else json_schema.JSON_TYPES
+    return tool.types_of(argument) if argument in tool.parameters["properties"] else json_schema.JSON_TYPES
 
 
 def _validator(tool: Tool) -> Any:
-    # Half a second of imports, which the command line's --help must not pay for.
-    from jsonschema import validators
-
-    return validators.validator_for(tool.parameters, default=validators.Draft202012Validator)(tool.parameters)
+    return json_schema.validator(tool.parameters)
 
 
 def _validate(tool: Tool, arguments: dict[str, Any]) -> None:
@@ -92,12 +90,15 @@ def _validate(tool: Tool, arguments: dict[str, Any]) -> None:
     open_ended = (
         "patternProperties" in tool.parameters or tool.parameters.get("additionalProperties", False) is not False
     )
+    known = frozenset(tool.argument_names)
     for name in arguments:
-        if name not in tool.argument_names and not open_ended:
+        if name not in known and not open_ended:
             _fail(tool, name, f"is unknown; the tool takes {', '.join(tool.argument_names) or 'none'}")
     try:
         error = next(_validator(tool).iter_errors(arguments), None)
-    except Exception as failure:  # a schema that is formally right but can't be applied, such as one that never ends
+    except TimeoutError as failure:
+        _fail(tool, None, f"one of its values can't be checked: {failure}")
+    except Exception as failure:  # a schema that is formally right but can't be applied
         raise ArgumentError(f"tool {tool.name!r}: its schema can't be applied: {failure}") from failure
     if error is not None:
         where = str(error.absolute_path[0]) if error.absolute_path else None
@@ -106,11 +107,12 @@ def _validate(tool: Tool, arguments: dict[str, Any]) -> None:
 
 def _read_json(tool: Tool, text: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
                 raise ValueError(f"the key {name!r} stands in it twice")
-        return dict(pairs)
+            found[name] = value
+        return found
 
     def finite(number: str) -> float:
         value = float(number)
@@ -165,9 +167,9 @@ def _read_scalar(tool: Tool, argument: str, text: str) -> Any:
     values = json_schema.constants(schema)
     if values is not None:
         for value in values:
-            if isinstance(value, str | bool | int | float | None) and _scalar_text(value) == text:
+            if is_scalar(value) and scalar_text(value) == text:
                 return value
-        shown = ", ".join(_scalar_text(v) for v in values if isinstance(v, str | bool | int | float | None))
+        shown = ", ".join(scalar_text(value) for value in values if is_scalar(value))
         _fail(tool, argument, f"expected one of {shown}, got {_short(text)}")
     kinds = _kinds(tool, argument)
     # From the narrowest reading to the widest, so that "5" is a number wherever the schema admits one.
@@ -195,10 +197,6 @@ def _read_scalar(tool: Tool, argument: str, text: str) -> Any:
     return next((reading for reading in readings if validator.is_valid(reading)), readings[0])
 
 
-def _scalar_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _write_csv(tool: Tool, arguments: Mapping[str, Any]) -> str:
     names = tool.argument_names
     for name in arguments:
@@ -209,9 +207,9 @@ def _write_csv(tool: Tool, arguments: Mapping[str, Any]) -> str:
         if name not in arguments:
             _fail(tool, name, "csv can leave out arguments at the end only; give this one too, or use json inputs")
         value = arguments[name]
-        if not isinstance(value, str | bool | int | float | None):
+        if not is_scalar(value):
             _fail(tool, name, f"csv holds text, numbers, true, false and null, not {type(value).__name__}")
-        parts.append(_scalar_text(value))
+        parts.append(scalar_text(value))
     return ", ".join(parts)
 
 

@@ -7,7 +7,7 @@ of JSON types that a schema admits. Knows nothing of tools; a caller turns `Sche
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,8 @@ _SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitio
 _DATA = frozenset({"enum", "const", "default", "examples", "example", "required", "dependentRequired"})
 # References nested into each other can make a small schema unfold without end; no honest tool comes near this.
 MAX_NODES = 20_000
+# Longest search for a pattern in one text. Patterns such as `^(a+)+$` take time that doubles with each character.
+PATTERN_SECONDS = 0.2
 
 
 class SchemaError(ValueError):
@@ -233,3 +235,121 @@ def constants(schema: Any) -> list[Any] | None:
                 values += inner
             return values
     return None
+
+
+def endless_arguments(schema: Mapping[str, Any]) -> list[str]:
+    """The properties of an object's schema that no finite value fits: what they require asks for itself again.
+
+    Works on a schema that `inline_references` has been over.
+    """
+    references = {node["$ref"] for node in _nodes(schema) if isinstance(node.get("$ref"), str)}
+    finite: set[str] = set()
+    # A reference is finite once it is so by references that are known to be; repeated until nothing is added.
+    while more := {one for one in references - finite if _is_finite(resolve(one, schema), finite)}:
+        finite |= more
+    return [name for name, value in schema["properties"].items() if not _is_finite(value, finite)]
+
+
+def _nodes(node: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(node, Mapping):
+        yield node
+    for inner in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
+        yield from _nodes(inner)
+
+
+def _is_finite(schema: Any, finite: Collection[str]) -> bool:
+    """Whether some value of finite size may fit, where only the references in `finite` are known to have one."""
+    if not isinstance(schema, Mapping) or "const" in schema or "enum" in schema:
+        return True
+    if isinstance(schema.get("$ref"), str) and schema["$ref"] not in finite:
+        return False
+    if not all(_is_finite(option, finite) for option in schema.get("allOf", ())):
+        return False
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema and not any(_is_finite(option, finite) for option in schema[keyword]):
+            return False
+    types = schema.get("type", "string")
+    for kind in types if isinstance(types, list) else [types]:
+        needed: list[Any] = []
+        if kind == "object":
+            properties = schema.get("properties", {})
+            needed = [properties.get(name, True) for name in schema.get("required", ())]
+        elif kind == "array" and schema.get("minItems", 0) > 0:
+            first = list(schema.get("prefixItems", ()))[: schema["minItems"]]
+            needed = [*first, schema.get("items", True)] if len(first) < schema["minItems"] else first
+        if all(_is_finite(one, finite) for one in needed):
+            return True
+    return False
+
+
+def validator(schema: Mapping[str, Any]) -> Any:
+    """jsonschema's validator for values of `schema`, in which the search for a pattern is bounded in time.
+
+    Its methods raise TimeoutError, which names the pattern, where a search takes longer than `PATTERN_SECONDS`.
+    """
+    dialect = schema.get("$schema")
+    # A dialect that is named further down would bring jsonschema's own search back.
+    plain = {key: _without_dialects(value) for key, value in schema.items()}
+    return _validator_class(dialect if isinstance(dialect, str) else None)(plain)
+
+
+def _without_dialects(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_dialects(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    result: dict[str, Any] = {}
+    for key, value in node.items():
+        if key in _SCHEMA_MAPS and isinstance(value, Mapping):
+            result[key] = {name: _without_dialects(inner) for name, inner in value.items()}
+        elif key in _DATA:
+            result[key] = value
+        elif key != "$schema":
+            result[key] = _without_dialects(value)
+    return result
+
+
+@lru_cache(maxsize=16)
+def _validator_class(dialect: str | None) -> Any:
+    # Half a second of imports, which the command line's --help must not pay for.
+    from jsonschema import validators
+    from jsonschema.exceptions import ValidationError
+
+    def pattern(validator: Any, wanted: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        if validator.is_type(instance, "string") and not _found(wanted, instance):
+            yield ValidationError(f"{instance!r} does not match {wanted!r}")
+
+    def pattern_properties(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        for name, value in instance.items() if validator.is_type(instance, "object") else ():
+            for one, inner in wanted.items():
+                if _found(one, name):
+                    yield from validator.descend(value, inner, path=name, schema_path=one)
+
+    def additional_properties(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        patterns = schema.get("patternProperties", {})
+        for name, value in instance.items() if validator.is_type(instance, "object") else ():
+            if name in schema.get("properties", {}) or any(_found(one, name) for one in patterns):
+                continue
+            if wanted is False:
+                yield ValidationError(f"{name!r} is none of the object's properties")
+            else:
+                yield from validator.descend(value, wanted, path=name)
+
+    default = validators.Draft202012Validator
+    base = validators.validator_for({"$schema": dialect}, default=default) if dialect else default
+    keywords = {
+        "pattern": pattern,
+        "patternProperties": pattern_properties,
+        "additionalProperties": additional_properties,
+    }
+    return validators.extend(base, keywords)  # type: ignore[arg-type]
+
+
+def _found(pattern: str, text: str) -> bool:
+    import regex
+
+    try:
+        return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        raise TimeoutError(f"the search for the pattern {pattern!r} in {shown!r} takes too long") from error

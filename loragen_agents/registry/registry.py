@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from loragen_agents.errors import RegistryError
 from loragen_agents.registry import json_schema
+from loragen_agents.registry.csv_values import fits_csv
 from loragen_agents.registry.tool import InputFormat, Tool
 from loragen_agents.registry.yaml_files import read_registry_file, write_registry_file
 
@@ -175,6 +176,12 @@ def _check_csv(tool: Tool) -> None:
             raise RegistryError(
                 f"tool {tool.name!r}: the argument {argument!r} is an object or a list, which a csv input can't hold; "
                 "use input_format 'json'"
+            )
+        values = json_schema.constants(tool.parameters["properties"][argument])
+        if values is not None and not any(map(fits_csv, values)):
+            raise RegistryError(
+                f"tool {tool.name!r}: csv can hold none of the values of the argument {argument!r} (they are empty, "
+                "begin or end with a space, or have a comma or a line break); use input_format 'json'"
             )
 
 

@@ -14,6 +14,8 @@ from loragen_agents.errors import RegistryError
 from loragen_agents.registry import json_schema
 
 InputFormat = Literal["csv", "json"]
+# Parts of a schema, values of choices included. What stands in several places, as by YAML's aliases, counts each time.
+_MAX_NODES = 100_000
 
 
 class Tool(BaseModel):
@@ -62,6 +64,10 @@ class Tool(BaseModel):
     def _check_description(cls, description: str) -> str:
         if not description.strip():
             raise ValueError("the description is empty; say what the tool does, the model learns it from there")
+        try:
+            _check_characters(description)
+        except json_schema.SchemaError as error:
+            raise ValueError(f"the description {error}") from error
         return description.strip()
 
     @field_validator("parameters")
@@ -79,6 +85,11 @@ class Tool(BaseModel):
             json_schema.check(schema)
         except json_schema.SchemaError as error:
             raise ValueError(f"the schema of its parameters {error}") from error
+        for argument in json_schema.endless_arguments(schema):
+            raise ValueError(
+                f"the argument {argument!r} has no value that ends: what its schema requires asks for the same again; "
+                "make the inner one optional"
+            )
         for argument in schema.get("required", ()):
             if argument not in schema["properties"]:
                 raise ValueError(f"the argument {argument!r} is required but not a property; describe it there")
@@ -103,19 +114,42 @@ class Tool(BaseModel):
         return {"type": "function", "function": copy.deepcopy(self.model_dump())}
 
 
-def _check_plain_json(value: Any, depth: int = 0) -> None:
-    """Raise SchemaError unless `value` is made of JSON's types alone."""
-    if depth > 100:
-        raise json_schema.SchemaError("is nested deeper than 100 levels, or holds itself; make it flatter")
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise json_schema.SchemaError(f"has the key {key!r} of type {type(key).__name__}; keys must be strings")
-            _check_plain_json(inner, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_plain_json(inner, depth + 1)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise json_schema.SchemaError(f"holds {value}, which JSON does not have")
-    else:
-        json_schema.types_of_value(value)
+def _check_plain_json(value: Any) -> None:
+    """Raise SchemaError unless `value` is made of JSON's types alone, and of bounded size."""
+    nodes = 0
+
+    def check(value: Any, depth: int) -> None:
+        nonlocal nodes
+        nodes += 1
+        if nodes > _MAX_NODES:
+            raise json_schema.SchemaError(f"has more than {_MAX_NODES} parts; make it smaller")
+        if depth > 100:
+            raise json_schema.SchemaError("is nested deeper than 100 levels, or holds itself; make it flatter")
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise json_schema.SchemaError(
+                        f"has the key {key!r} of type {type(key).__name__}; keys must be strings"
+                    )
+                _check_characters(key)
+                check(inner, depth + 1)
+        elif isinstance(value, list):
+            for inner in value:
+                check(inner, depth + 1)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise json_schema.SchemaError(f"holds {value}, which JSON does not have")
+        elif isinstance(value, str):
+            _check_characters(value)
+        else:
+            json_schema.types_of_value(value)
+
+    check(value, 0)
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise json_schema.SchemaError(
+            f"holds {text[error.start]!r}, half of a character (a lone surrogate); remove it"
+        ) from error

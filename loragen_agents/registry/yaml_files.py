@@ -18,9 +18,29 @@ from loragen_agents.errors import RegistryError
 from loragen_agents.registry.tool import InputFormat, Tool
 from loragen_agents.support.files import replacing
 
+# Bounds on a file, far above every honest one: 5,000 tools take about 2 MB and 200,000 nodes.
+_MAX_BYTES = 4_000_000
+_MAX_DEPTH = 100
+# Nodes with every alias written out; a few hundred bytes can stand for billions.
+_MAX_NODES = 300_000
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's plain scalars."""
+    """SafeLoader with YAML 1.2's plain scalars, and a bound on the depth of what it reads."""
+
+    depth = 0
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        if self.depth >= _MAX_DEPTH:
+            mark = self.get_mark()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {_MAX_DEPTH} levels; write it flatter", problem_mark=mark
+            )
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
 
@@ -60,17 +80,24 @@ def read_registry_file(path: Path) -> RegistryFile:
         RegistryError: what is wrong, with file, line and what was expected there.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise RegistryError(f"{path}: larger than {_MAX_BYTES:,} bytes; expected a registry of tools")
+        text = content.decode()
     except OSError as error:
         raise RegistryError(f"{path}: can't be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise RegistryError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
     loader = None
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        return _Reader(path, loader).content(root)
+        reader = _Reader(path, loader)
+        if root is not None:
+            reader.check_size(root)
+        return reader.content(root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -135,6 +162,24 @@ class _Reader:
         except RegistryError as error:
             self.fail(node, str(error))
 
+    def check_size(self, root: Node) -> None:
+        """Refuse a tree that would be too large with every alias written out, or never end."""
+        sizes: dict[int, int] = {}
+
+        def size(node: Node, parents: frozenset[int]) -> int:
+            if id(node) in parents:
+                self.fail(node, "an anchor holds itself; write the value out")
+            if id(node) not in sizes:
+                children: list[Node] = node.value if isinstance(node, SequenceNode) else []
+                if isinstance(node, MappingNode):
+                    children = [child for pair in node.value for child in pair]
+                sizes[id(node)] = 1 + sum(size(child, parents | {id(node)}) for child in children)
+            if sizes[id(node)] > _MAX_NODES:
+                self.fail(node, f"more than {_MAX_NODES:,} values once its aliases are written out; use fewer aliases")
+            return sizes[id(node)]
+
+        size(root, frozenset())
+
     def fields(self, node: Node, what: str, known: tuple[str, ...]) -> dict[str, Node]:
         if not isinstance(node, MappingNode):
             self.fail(node, f"{what} must be a mapping with the keys {', '.join(known)}")
@@ -150,12 +195,10 @@ class _Reader:
         return fields
 
     def value(self, node: Node) -> Any:
-        self.check_keys(node, ())
+        self.check_keys(node)
         return self.loader.construct_object(node, deep=True)
 
-    def check_keys(self, node: Node, parents: tuple[int, ...]) -> None:
-        if id(node) in parents:
-            self.fail(node, "an anchor holds itself; write the value out")
+    def check_keys(self, node: Node) -> None:
         if isinstance(node, MappingNode):
             seen: set[str] = set()
             for key_node, value_node in node.value:
@@ -163,7 +206,7 @@ class _Reader:
                     if key_node.value in seen:
                         self.fail(key_node, f"the key {key_node.value!r} stands here twice; keep one")
                     seen.add(key_node.value)
-                self.check_keys(value_node, (*parents, id(node)))
+                self.check_keys(value_node)
         elif isinstance(node, SequenceNode):
             for item in node.value:
-                self.check_keys(item, (*parents, id(node)))
+                self.check_keys(item)
