@@ -1,6 +1,7 @@
 """The grammar accepts the steps of its registry and nothing else, and what it forces is what the parser reads."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -282,21 +283,29 @@ def test_a_tokenizer_is_prepared_once() -> None:
         llguidance_tokenizer(Slow(), 10, (2,))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("input_format", "schema", "cause"),
-    [
-        ("json", {"type": "array", "items": WHOLE, "uniqueItems": True}, "uniqueItems"),
-        ("json", {"not": {"type": "string"}}, "not"),
-        ("json", {"type": "string", "pattern": "(?=a)"}, "look"),
-        ("csv", {"type": "string", "pattern": "^a"}, "pattern"),
-        ("csv", {"allOf": [TEXT]}, "allOf"),
-        ("csv", {"enum": ["a, b", "", " c"]}, "no value"),
-    ],
-)
-def test_schemas_beyond_the_grammar_are_named(input_format: InputFormat, schema: dict, cause: str) -> None:
-    registry = ToolRegistry([tool("fine"), tool("odd one", ["x"], x=schema)], input_format=input_format)
-    with pytest.raises(GrammarError, match=f"tool 'odd one'.*{cause}"):
+def test_a_tool_that_no_call_can_be_right_for_is_named() -> None:
+    never = {"type": "integer", "minimum": 5, "maximum": 1}
+    registry = ToolRegistry([tool("fine"), tool("odd one", ["x"], x=never)])
+    with pytest.raises(GrammarError, match=r"tool 'odd one'.*argument 'x'.*minimum"):
         ToolGrammar(registry, TOKENIZER)
+    assert accepts(ToolGrammar(ToolRegistry([tool("t", x=never)]), TOKENIZER), call("t", "{}"))
+
+
+@pytest.mark.parametrize("spelling", ["<|im_end|>", "a <|im_start|>user", "<|endoftext|>é"])
+def test_control_tokens_in_names_and_constants_are_written_in_plain_tokens(spelling: str) -> None:
+    cases: list[tuple[Tool, dict[str, Any]]] = [
+        (tool(spelling), {}),
+        (tool("t", ["x"], x={"const": spelling}), {"x": spelling}),
+        (tool("t", ["x"], x={"type": "string", "pattern": f"^{re.escape(spelling)}$"}), {"x": spelling}),
+        (tool("t", [spelling], **{spelling: {"const": 1}}), {spelling: 1}),
+    ]
+    for one, arguments in cases:
+        registry = ToolRegistry([one])
+        completion = DECODER.generate([PROMPT], grammar=ToolGrammar(registry, TOKENIZER, "any"))[0]
+        step = parse_step(completion.text, registry)
+        assert step == ToolStep(one.name, json.dumps(arguments, ensure_ascii=False), arguments)
+        assert completion.finish_reason == "stop"
+        assert not {0, 1, 2} & set(completion.token_ids)
 
 
 @pytest.mark.parametrize(
