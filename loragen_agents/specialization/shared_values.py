@@ -13,10 +13,14 @@ class SharedValues(Generic[Value]):
 
     Args:
         limit: how many values are kept; None keeps all.
+        size: bytes of a value, asked when it is made; only then can `max_bytes` bound them.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, size: Callable[[Value], int] | None = None) -> None:
         self.limit = limit
+        self.max_bytes: int | None = None
+        self._size = size
+        self._sizes: dict[Hashable, int] = {}
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
         self._table = threading.Lock()
         # One lock for all keys: making a value keeps every core busy, so two at a time would not end sooner, and the
@@ -33,11 +37,35 @@ class SharedValues(Generic[Value]):
             if found is not None:
                 return found, True
             made = make()
+            size = self._size(made) if self._size is not None else 0
             with self._table:
-                self._values[key] = made
-                while self.limit is not None and len(self._values) > self.limit:
-                    self._values.popitem(last=False)
+                self._values[key], self._sizes[key] = made, size
+                self._drop()
             return made, False
+
+    def bound(self, limit: int | None, max_bytes: int | None) -> None:
+        """Set how many values are kept, and how many bytes of them; None for no bound. The last one always stays."""
+        with self._table:
+            self.limit, self.max_bytes = limit, max_bytes
+            self._drop()
+
+    def __len__(self) -> int:
+        with self._table:
+            return len(self._values)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all values."""
+        with self._table:
+            return sum(self._sizes.values())
+
+    def _drop(self) -> None:
+        while len(self._values) > 1 and (
+            (self.limit is not None and len(self._values) > self.limit)
+            or (self.max_bytes is not None and sum(self._sizes.values()) > self.max_bytes)
+        ):
+            key, _ = self._values.popitem(last=False)
+            del self._sizes[key]
 
     def _look_up(self, key: Hashable) -> Value | None:
         with self._table:
@@ -49,3 +77,4 @@ class SharedValues(Generic[Value]):
         """Drop all values."""
         with self._table:
             self._values.clear()
+            self._sizes.clear()

@@ -58,7 +58,14 @@ class Specialization:
         return not any(bool(b.any()) for _, b in self.weights.tensors.values())
 
 
-_specializations: SharedValues[Specialization] = SharedValues(MEMORY_ENTRIES)
+def _own_bytes(made: "Specialization") -> int:
+    """Bytes that a specialisation holds for itself: what its model does not share with the edge LM, and its weights."""
+    shared = {parameter.data_ptr() for parameter in made.model.edge.model.parameters()}
+    own = sum(parameter.nbytes for parameter in made.model.model.parameters() if parameter.data_ptr() not in shared)
+    return own + sum(a.nbytes + b.nbytes for a, b in made.weights.tensors.values())
+
+
+_specializations: SharedValues[Specialization] = SharedValues(MEMORY_ENTRIES, _own_bytes)
 
 
 def specialize(
@@ -112,6 +119,16 @@ def specialize(
         return make()
     specialization, kept = _specializations.get((key, id(edge)), make)
     return replace(specialization, seconds=0.0, source="memory") if kept else specialization
+
+
+def bound_specializations(entries: int = MEMORY_ENTRIES, max_bytes: int | None = None) -> None:
+    """Set how many specialised models are kept in memory, and how many bytes of them; the last used one always is."""
+    _specializations.bound(entries, max_bytes)
+
+
+def specializations_in_memory() -> tuple[int, int]:
+    """How many specialised models are in memory, and their bytes."""
+    return len(_specializations), _specializations.bytes
 
 
 def forget_specializations() -> None:

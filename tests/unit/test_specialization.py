@@ -211,3 +211,24 @@ def test_weights_of_a_generator_without_training_are_zero(parts, caplog):
     bare = specialization.SpecializedLM(edge, None, REGISTRY)
     turns = [Turn("Hello")]
     assert made.model.generate([turns])[0].token_ids == bare.generate([turns])[0].token_ids
+
+
+def test_memory_is_bounded_in_number_and_bytes(parts):
+    registries = [ToolRegistry([Tool(name=f"tool{n}", description="A tool.")]) for n in range(4)]
+    try:
+        specialization.bound_specializations(3)
+        for registry in registries:
+            specialize(registry, **parts)
+        kept, size = specialization.specializations_in_memory()
+        assert kept == 3
+        # Three models of three layers, each with merged matrices of its own.
+        assert size >= 3 * 3 * 3 * 32 * 64 * 4
+        specialization.bound_specializations(3, max_bytes=size // 2)
+        assert specialization.specializations_in_memory()[0] == 1
+        assert specialization.specializations_in_memory()[1] <= size // 2
+        specialization.bound_specializations(3, max_bytes=1)
+        assert specialize(registries[3], **parts).source == "memory"
+        assert specialize(registries[0], **parts).source == "disk"
+        assert specialization.specializations_in_memory()[0] == 1
+    finally:
+        specialization.bound_specializations()

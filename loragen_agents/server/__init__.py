@@ -1,0 +1,1 @@
+"""The specialised model over HTTP, in OpenAI's shape."""
