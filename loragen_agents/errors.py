@@ -35,3 +35,7 @@ class CheckpointError(LoRAGenError, ValueError):
 
 class DataError(LoRAGenError, ValueError):
     """A data file is damaged or not in the format that was asked for."""
+
+
+class ServerError(LoRAGenError, RuntimeError):
+    """A server can't be started as asked."""

@@ -6,7 +6,7 @@ serialisation. How messages become a prompt is in `messages`, how a registry bec
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
@@ -349,7 +349,7 @@ class LoRAGenChatModel(BaseChatModel):
         stop: Sequence[str] | None = None,
         cancel: threading.Event | None = None,
         **kwargs: Any,
-    ) -> "Iterator[StepEvent | StepOutcome]":
+    ) -> "Generator[StepEvent | StepOutcome, None, None]":
         """Decode one step of the model; for callers who want a call's name and input while it is written.
 
         Closing the iterator stops the decoding.

@@ -21,7 +21,7 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
-COMMANDS = ("ask", "bench", "chat", "data", "doctor", "models", "specialize", "train")
+COMMANDS = ("ask", "bench", "chat", "data", "doctor", "models", "serve", "specialize", "train")
 
 
 def all_commands() -> list[Command]:

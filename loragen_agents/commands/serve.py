@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 NAME = "serve"
 HELP = "answer OpenAI-compatible clients; tools of their requests are specialised on the fly"
 KEY_VARIABLE = "LORAGEN_AGENTS_API_KEY"
+_LEAST = {"max_tokens": 1, "max_registries": 1, "max_memory": 1, "workers": 1, "max_waiting": 0, "grace": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument(
-        "--api-key", metavar="KEY", help=f"what clients have to show; better given as {KEY_VARIABLE}, which no list shows"
+        "--api-key",
+        metavar="KEY",
+        help=f"what clients have to show; better given as {KEY_VARIABLE}, which no list shows",
     )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens of an answer (256)")
+    parser.add_argument("--max-registries", type=int, default=16, metavar="N", help="specialised models kept (16)")
+    parser.add_argument(
+        "--max-memory", type=int, default=2048, metavar="MIB", help="memory for the specialised models, in MiB (2048)"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="requests decoded at a time (1)")
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests that may wait (64)")
     parser.add_argument("--grace", type=int, default=30, metavar="SECONDS", help="time to end at a stop (30)")
@@ -41,7 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ServerError(f"{error.name} is missing; install it with: pip install 'loragen-agents[serve]'") from error
 
-    for name, least in (("max_tokens", 1), ("workers", 1), ("max_waiting", 0), ("grace", 0)):
+    for name, least in (
+        ("max_tokens", 1),
+        ("max_registries", 1),
+        ("max_memory", 1),
+        ("workers", 1),
+        ("max_waiting", 0),
+        ("grace", 0),
+    ):
         if getattr(arguments, name) < least:
             raise ServerError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected at least {least}")
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
@@ -73,7 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace, name: str) -> "LoRAGenChatModel":
     from loragen_agents.chat.chat_models import LoRAGenChatModel
     from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
+    from loragen_agents.specialization.specialize import bound_specializations
 
+    bound_specializations(arguments.max_registries, arguments.max_memory * 2**20)
     edge = shared_language_model(name, device=arguments.device)
     cloud = edge if arguments.cloud is None else shared_language_model(arguments.cloud, device=arguments.device)
     generator = shared_generator(arguments.generator, cloud=cloud, edge=edge)

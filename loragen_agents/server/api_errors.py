@@ -39,7 +39,7 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Give any exception as an `ApiError`: what the request is to blame for with its message, all else as status 500."""
+    """Give any exception as an `ApiError`: status 400 where the request is to blame, else 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RegistryError):
@@ -49,7 +49,9 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, PromptError):
         return ApiError(400, str(error), code="invalid_prompt")
     # What went wrong inside is written to the log; a client can do nothing with it, and it may name paths.
-    return ApiError(500, f"the server failed on this request ({type(error).__name__}); its log says more", kind="server_error")
+    return ApiError(
+        500, f"the server failed on this request ({type(error).__name__}); its log says more", kind="server_error"
+    )
 
 
 def validation_error(error: ValidationError, fields: frozenset[str]) -> ApiError:

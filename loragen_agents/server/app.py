@@ -16,10 +16,10 @@ from loragen_agents import __version__
 from loragen_agents.server.api_errors import ApiError, api_error
 from loragen_agents.server.bodies import read_json
 from loragen_agents.server.guard import LOOPBACK, Guard
-from loragen_agents.server.protocol import ChatRequest, read_chat_request
+from loragen_agents.server.protocol import read_chat_request
 from loragen_agents.server.replies import DONE, Reply, ascii_json, error_response, server_sent
 from loragen_agents.server.service import Service, stopping
-from loragen_agents.server.steps import Finish, Part
+from loragen_agents.server.steps import Finish
 from loragen_agents.server.work_queue import Job, QueueClosed
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ _DRAINED_BYTES = 64 * 2**20
 _SMALL = 64 * 2**10
 
 
-async def read_json(request: Request, max_bytes: int = MAX_BYTES, seconds: float = READ_SECONDS) -> Any:
+async def read_json(request: Request, max_bytes: int = MAX_BYTES) -> Any:
     """The JSON value of a request's body.
 
     Raises:
@@ -32,7 +32,7 @@ async def read_json(request: Request, max_bytes: int = MAX_BYTES, seconds: float
     received = bytearray()
     length = 0
     try:
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(READ_SECONDS):
             async for part in request.stream():
                 length += len(part)
                 if length <= max_bytes:
@@ -40,7 +40,9 @@ async def read_json(request: Request, max_bytes: int = MAX_BYTES, seconds: float
                 elif length > _DRAINED_BYTES:
                     break
     except TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers={"Connection": "close"}) from error
+        raise ApiError(
+            408, f"the body did not arrive within {READ_SECONDS:g} seconds", headers={"Connection": "close"}
+        ) from error
     if length > max_bytes:
         raise ApiError(
             413,

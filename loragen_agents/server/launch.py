@@ -1,7 +1,11 @@
 """Runs a service under uvicorn: who may reach it, the socket, and a stop that lets running requests end."""
 
 import ipaddress
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -32,13 +36,15 @@ def open_socket(host: str, port: int) -> socket.socket:
     Raises:
         ServerError: the address can't be had.
     """
+    if not 0 <= port < 2**16:
+        raise ServerError(f"there is no port {port}; choose another --port, below {2**16}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(512)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ServerError(f"can't serve on {host}, port {port}: {error}; choose another --host or --port") from error
     return listening
 
@@ -72,10 +78,24 @@ def run_server(service: Service, listening: socket.socket, host: str, *, grace_s
         server.should_exit = True
 
     service.on_failure(failed)
-    with listening:
+    with listening, _signals_end_here():
         server.run(sockets=[listening])
     if failure:
         raise failure[0]
+
+
+@contextmanager
+def _signals_end_here() -> Iterator[None]:
+    """Let a signal stop the server and nothing else: uvicorn sends itself the signal again once it has stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def address(listening: socket.socket) -> str:

@@ -1,6 +1,6 @@
 """The server's figures for Prometheus. No label holds what a client wrote, so their number is bounded."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from loragen_agents.server.steps import Finish
 
@@ -14,6 +14,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self._answers = Counter("loragen_http_requests", "Requests answered.", ["path", "status"], registry=registry)
         self._seconds = Histogram(
             "loragen_http_seconds", "Time until the answer was sent.", ["path"], buckets=_SECONDS, registry=registry
@@ -32,6 +33,8 @@ class Metrics:
         )
         self.cancelled = Counter("loragen_cancelled", "Requests whose client went away.", registry=registry)
         self.waiting = Gauge("loragen_queue_waiting", "Requests that wait for a worker.", registry=registry)
+        self.kept = Gauge("loragen_specializations_kept", "Specialised models in memory.", registry=registry)
+        self.kept_bytes = Gauge("loragen_specializations_bytes", "Their own memory.", registry=registry)
         self.running = Gauge("loragen_queue_running", "Requests that are worked on.", registry=registry)
 
     def answered(self, path: str, status: int, seconds: float) -> None:

@@ -248,6 +248,12 @@ class ChatRequest(_Strict):
         return self
 
     @property
+    def choice(self) -> str:
+        """The tool choice as `LoRAGenChatModel` takes it."""
+        given = self.tool_choice or "auto"
+        return given if isinstance(given, str) else given.function.name
+
+    @property
     def stops(self) -> list[str]:
         """The stop texts."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
@@ -265,17 +271,11 @@ class ChatRequest(_Strict):
         return [message.read() for message in self.messages]
 
 
-def _field_names(model: type[BaseModel]) -> set[str]:
-    return {field.alias or name for name, field in model.model_fields.items()}
-
-
-_FIELDS = frozenset().union(
-    *map(
-        _field_names,
-        (ChatRequest, Message, MadeCall, CalledFunction, ToolDefinition, FunctionDefinition, NamedChoice)
-        + (FunctionName, ResponseFormat, SchemaFormat, StreamOptions),
-    )
+_MODELS: tuple[type[BaseModel], ...] = (
+    *(ChatRequest, Message, MadeCall, CalledFunction, ToolDefinition, FunctionDefinition, NamedChoice, FunctionName),
+    *(ResponseFormat, SchemaFormat, StreamOptions),
 )
+_FIELDS = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 
 
 def read_chat_request(body: Any) -> ChatRequest:

@@ -13,6 +13,7 @@ from loragen_agents.server.metrics import Metrics
 from loragen_agents.server.protocol import ChatRequest
 from loragen_agents.server.steps import run_request
 from loragen_agents.server.work_queue import Job, QueueClosed, QueueFull, WorkQueue
+from loragen_agents.specialization.specialize import specializations_in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Service:
         self.name, self.queue, self.api_key, self.max_bytes = name, queue, api_key, max_bytes
         self.metrics = Metrics()
         self.metrics.waiting.set_function(lambda: self.queue.waiting)
+        self.metrics.kept.set_function(lambda: specializations_in_memory()[0])
+        self.metrics.kept_bytes.set_function(lambda: specializations_in_memory()[1])
         self.metrics.running.set_function(lambda: self.queue.running)
         self.created = int(time.time())
         self.model: LoRAGenChatModel | None = None

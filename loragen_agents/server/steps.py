@@ -85,12 +85,10 @@ def run_request(model: LoRAGenChatModel, request: ChatRequest, cancel: threading
     wanted = request.response_format
     shaped = wanted is not None and wanted.type != "text"
     tools = [tool.openai() for tool in request.tools or ()]
-    choice = request.tool_choice
-    if choice is not None and not isinstance(choice, str):
-        choice = choice.function.name
+    choice = request.choice
     messages, stops, settings = request.conversation, request.stops, request.settings
     if not shaped or (tools and choice != "none"):
-        steps = model.steps(messages, stops, cancel, tools=tools, tool_choice=choice or "auto", **settings)
+        steps = model.steps(messages, stops, cancel, tools=tools, tool_choice=choice, **settings)
         with closing(steps):
             for number, event in enumerate(steps):
                 # The first event tells a call from an answer; an answer is written anew, in the asked shape.

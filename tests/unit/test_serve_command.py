@@ -1,0 +1,79 @@
+"""`loragen-agents serve` as a process: it says where it serves, answers, and stops when it is told to."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loragen_agents import cli
+from tests.tiny_chat import tiny_generator, tiny_language_model
+
+HELLO = {"model": "edge", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    edge = tiny_language_model(folder / "edge")
+    tiny_generator(edge).save(folder / "generator")
+    return folder
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "loragen_agents", "serve", "--port", "0", "--device", "cpu", *flags]
+    models = ["--model", str(folder / "edge"), "--generator", str(folder / "generator")]
+    return subprocess.Popen([*command, *models], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_it_serves_and_stops(folder):
+    process = start(folder, "--json")
+    try:
+        assert process.stdout is not None
+        said = "".join(process.stdout.readline() for _ in range(4))
+        url = json.loads(said)["url"]
+        deadline = time.monotonic() + 200
+        while httpx.get(url.removesuffix("/v1") + "/health").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert httpx.post(f"{url}/chat/completions", json=HELLO, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        out, complaints = process.communicate(timeout=60)
+        assert (process.returncode, out, complaints) == (0, "", "")
+    finally:
+        process.kill()
+
+
+def test_a_model_that_is_not_there_ends_it(folder):
+    process = start(folder, "--cloud", str(folder / "missing"))
+    out, complaints = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert out.startswith("Serving edge at http://127.0.0.1:")
+    assert complaints.startswith("Error: ")
+    assert "missing" in complaints
+    assert "Traceback" not in complaints
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "there is no API key"),
+        (["--api-key", ""], "choose another one"),
+        (["--workers", "0"], "--workers is 0; expected at least 1"),
+        (["--port", "70000"], "there is no port 70000"),
+    ],
+)
+def test_what_can_not_be_served(flags, said, capsys, monkeypatch):
+    monkeypatch.delenv("LORAGEN_AGENTS_API_KEY", raising=False)
+    assert cli.main(["serve", *flags]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("LORAGEN_AGENTS_API_KEY", "two\nlines")
+    assert cli.main(["serve"]) == 1
+    assert "printable ASCII" in capsys.readouterr().err
