@@ -59,10 +59,9 @@ class Specialization:
 
 
 def _own_bytes(made: "Specialization") -> int:
-    """Bytes that a specialisation holds for itself: what its model does not share with the edge LM, and its weights."""
+    """Bytes of the matrices that a specialised model does not share with its edge LM."""
     shared = {parameter.data_ptr() for parameter in made.model.edge.model.parameters()}
-    own = sum(parameter.nbytes for parameter in made.model.model.parameters() if parameter.data_ptr() not in shared)
-    return own + sum(a.nbytes + b.nbytes for a, b in made.weights.tensors.values())
+    return sum(parameter.nbytes for parameter in made.model.model.parameters() if parameter.data_ptr() not in shared)
 
 
 _specializations: SharedValues[Specialization] = SharedValues(MEMORY_ENTRIES, _own_bytes)
