@@ -39,8 +39,15 @@ def _bag(text: str) -> Counter[str]:
 class Overlap:
     """Word likeness of tools with each other, from 0 (no word shared) to 1."""
 
-    def __init__(self, tools: Mapping[str, ToolRecord], calls: Iterable[CallRecord]) -> None:
+    def __init__(
+        self, tools: Mapping[str, ToolRecord], calls: Iterable[CallRecord], alike: Iterable[frozenset[str]] = ()
+    ) -> None:
         self._tools = tools
+        self._groups: dict[str, set[int]] = defaultdict(set)
+        for number, group in enumerate(alike):
+            for tool_id in group:
+                self._groups[tool_id].add(number)
+        self._grouped = {tools[tool_id].source for tool_id in self._groups if tool_id in tools}
         requests: dict[str, list[str]] = defaultdict(list)
         for record in calls:
             if len(record.calls) == 1 and len(requests[record.calls[0].tool]) < _REQUESTS_A_TOOL:
@@ -82,8 +89,13 @@ class Overlap:
         """Whether a registry with both tools would be ambiguous: sister services, or words too much alike.
 
         Tools of one service, and of two different families of services, are told apart by their makers: no conflict.
+        Nor do tools of one source for which the data names those that are alike.
         """
         one, two = self._tools[first], self._tools[second]
+        if self._groups.get(first, set()) & self._groups.get(second, set()):
+            return True
+        if one.source == two.source and one.source in self._grouped:
+            return False
         if family(one) and family(two):
             return family(one) == family(two) != "Services" and one.domain != two.domain
         if one.source == two.source == "computer":
@@ -93,6 +105,8 @@ class Overlap:
     def serves(self, tool: str, wanted: str, threshold: float = 0.27) -> bool:
         """Whether `tool` might pass for `wanted` where `wanted` is missing: the same family, or alike words."""
         one, two = self._tools[tool], self._tools[wanted]
+        if self._groups.get(tool, set()) & self._groups.get(wanted, set()):
+            return True
         if family(one) and family(two):
             return family(one) == family(two)
         return self.likeness(tool, wanted) >= threshold

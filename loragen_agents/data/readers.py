@@ -11,18 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord
+from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord, splits
 from loragen_agents.errors import DataError
 
 MAX_SGD_QUERY = 400
 LAST_UTTERANCES = 4
 _SEAL_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-
-
-def _splits() -> dict[str, Any]:
-    return yaml.safe_load((Path(__file__).parent / "splits.yaml").read_text(encoding="utf-8"))
 
 
 def _json_file(path: Path) -> Any:
@@ -91,7 +85,7 @@ def read_seal_tools(folder: Path) -> DataSet:
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: not a tool of Seal-Tools ({error!r})") from error
         tools[tool.id] = tool
-    dev_rows = set(_splits()["seal-tools"]["dev_rows"])
+    dev_rows = set(splits()["seal-tools"]["dev_rows"])
     calls = []
     names = [name for name in ("train.jsonl", "dev.jsonl", "test_in_domain.jsonl") if (folder / name).is_file()]
     for name in names:
@@ -115,7 +109,7 @@ def read_metatool(folder: Path) -> DataSet:
     Raises:
         DataError: a file is missing or damaged; file and row number are named.
     """
-    split = _splits()["metatool"]
+    split = splits()["metatool"]
     descriptions = _json_file(folder / "dataset" / "plugin_des.json")
     if not isinstance(descriptions, dict):
         raise DataError(f"{folder / 'dataset' / 'plugin_des.json'}: expected an object of tool names and descriptions")

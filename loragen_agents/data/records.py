@@ -1,8 +1,9 @@
 """The intermediate format of the training data: tools and the requests that call them, one JSON object a line.
 
-A data folder holds `tools.jsonl` (`id`, `name`, `description`, `domain`, `source`, `split`, `parameters`) and any
-number of `calls_*.jsonl` (`query`, `calls`: a list of `tool` id and `arguments` in order, `source`, `split`). This
-module reads, writes and repairs those records. It knows nothing of registries, prompts or models.
+A data folder holds `tools.jsonl`, or a `tools_SOURCE.jsonl` for each source (`id`, `name`, `description`, `domain`,
+`source`, `split`, `parameters`), and any number of `calls_*.jsonl` (`query`, `calls`: a list of `tool` id and
+`arguments` in order, `source`, `split`). This module reads, writes and repairs those records. It knows nothing of
+registries, prompts or models.
 """
 
 import json
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from loragen_agents.errors import DataError
 from loragen_agents.support.files import replacing
@@ -73,10 +76,14 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Tools by id, and the requests that call them."""
+    """Tools by id, and the requests that call them.
+
+    alike: groups of tools that could serve the same request; a registry holds at most one of each.
+    """
 
     tools: dict[str, ToolRecord] = field(default_factory=dict)
     calls: tuple[CallRecord, ...] = ()
+    alike: tuple[frozenset[str], ...] = ()
 
     def __add__(self, other: "DataSet") -> "DataSet":
         """Join two data sets.
@@ -87,7 +94,7 @@ class DataSet:
         for tool_id in self.tools.keys() & other.tools.keys():
             if self.tools[tool_id] != other.tools[tool_id]:
                 raise DataError(f"tool {tool_id!r} is defined twice, differently: give one of the two another id")
-        return DataSet({**self.tools, **other.tools}, self.calls + other.calls)
+        return DataSet({**self.tools, **other.tools}, self.calls + other.calls, self.alike + other.alike)
 
     def held_out_tools(self) -> frozenset[str]:
         """Ids of the tools that no training sample may hold: of split dev, or called by a request of split dev."""
@@ -226,20 +233,56 @@ def check_calls(record: CallRecord, tools: Mapping[str, ToolRecord]) -> None:
 
 
 def load_data(*folders: Path | str) -> DataSet:
-    """Read `tools.jsonl` and every `calls_*.jsonl` of one or several data folders and join them.
+    """Read the tools and calls of one or several data folders and join them.
+
+    A folder holds `tools.jsonl`, or a `tools_SOURCE.jsonl` for each of its sources, and any number of `calls_*.jsonl`.
+    Beside them may stand `near_duplicates.json`, an object of lists of tool ids (see `DataSet.alike`). Sources that
+    `splits.yaml` holds out are of split dev, whatever their rows say.
 
     Raises:
         DataError: a folder lacks these files, a row is damaged, or two folders define one tool id differently.
     """
     data = DataSet()
     for folder in map(Path, folders):
-        tools = read_tools(folder / "tools.jsonl")
+        tools: dict[str, ToolRecord] = {}
+        for path in sorted(folder.glob("tools_*.jsonl")) or [folder / "tools.jsonl"]:
+            tools |= read_tools(path)
         files = sorted(folder.glob("calls_*.jsonl"))
         if not files:
             raise DataError(f"{folder}: no calls_*.jsonl beside tools.jsonl; build it with `loragen-agents data build`")
         calls = [record for file in files for record in read_calls(file, tools)]
-        data = data + DataSet(tools, tuple(calls))
-    return data
+        data = data + DataSet(tools, tuple(calls), _alike(folder / "near_duplicates.json"))
+    return _held_out(data)
+
+
+def _alike(path: Path) -> tuple[frozenset[str], ...]:
+    if not path.is_file():
+        return ()
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(frozenset(map(str, group)) for group in groups.values())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: expected an object of lists of tool ids ({error})") from error
+
+
+def _held_out(data: DataSet) -> DataSet:
+    """The data with everything of the held-out sources in split dev, less what no training may see."""
+    rules = splits()["everyday"]
+    dev, several = set(rules["held_out"]), set(rules["several_calls_left_out"])
+    if not dev & {tool.source for tool in data.tools.values()} and not several & {r.source for r in data.calls}:
+        return data
+    tools = {key: replace(tool, split="dev") if tool.source in dev else tool for key, tool in data.tools.items()}
+    calls = tuple(
+        replace(record, split="dev") if record.source in dev else record
+        for record in data.calls
+        if not (record.source in several and len(record.calls) > 1)
+    )
+    return DataSet(tools, calls, data.alike)
+
+
+def splits() -> dict[str, Any]:
+    """Which tools and rows of the published sources are of split dev, and which are left out (`splits.yaml`)."""
+    return yaml.safe_load((Path(__file__).parent / "splits.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -373,4 +416,5 @@ def repair(data: DataSet, *, drop_unstated: Sequence[str] = ("seal-tools",)) -> 
                 arguments[name] = json.dumps(value) if text else value
         return Call(call.tool, arguments)
 
-    return DataSet(tools, tuple(replace(record, calls=tuple(map(mended, record.calls))) for record in calls))
+    mended_calls = tuple(replace(record, calls=tuple(map(mended, record.calls))) for record in calls)
+    return DataSet(tools, mended_calls, data.alike)

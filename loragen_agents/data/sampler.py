@@ -8,7 +8,7 @@ source and by tool, not by row. The sampler knows nothing of tokens, models or l
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loragen_agents.conversation.prompts import TakenStep, Turn
@@ -100,23 +100,7 @@ class RegistrySampler:
             for key in {tool.domain, tool.domain.split("/")[0]}:
                 self._near[tool.source, key].append(tool_id)
         # Requests tell what tools do; those of both splits where nothing is learnt from them.
-        self._overlap = Overlap(self._tools, rows if split == "train" else data.calls)
-
-    def __iter__(self) -> Iterator[Episode]:
-        return self.shard(0, 1)
-
-    def shard(self, index: int, count: int, start: int = 0) -> Iterator[Episode]:
-        """Endless episodes `start + index`, `start + index + count`, ...: what worker `index` of `count` works on.
-
-        Raises:
-            ValueError: `index` is not in 0 .. count - 1.
-        """
-        if not 0 <= index < count:
-            raise ValueError(f"shard index {index} of {count}: expected 0 to {count - 1}")
-        number = start + index
-        while True:
-            yield self.episode(number)
-            number += count
+        self._overlap = Overlap(self._tools, rows if split == "train" else data.calls, data.alike)
 
     def episode(self, index: int) -> Episode:
         """Draw episode `index`.

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -124,15 +125,11 @@ def test_the_earlier_steps_of_a_sample_parse_too(index):
         assert [turn.answer is None for turn in sample.turns] == [False] * (len(sample.turns) - 1) + [True]
 
 
-def test_episodes_repeat_exactly_and_shards_share_one_stream():
+def test_episodes_repeat_exactly():
     again = RegistrySampler(small_data(), seed=5)
-    stream = [content(episode) for episode in itertools.islice(sampler(), 6)]
-    assert [content(again.episode(index)) for index in range(6)] == stream
-    assert [content(episode) for episode in itertools.islice(again.shard(0, 2), 3)] == stream[0::2]
-    assert [content(episode) for episode in itertools.islice(again.shard(1, 2, start=2), 2)] == stream[3::2]
-    assert content(RegistrySampler(small_data(), seed=6).episode(0)) != stream[0]
-    with pytest.raises(ValueError, match="shard index 2 of 2"):
-        next(again.shard(2, 2))
+    drawn = [content(sampler().episode(index)) for index in range(6)]
+    assert [content(again.episode(index)) for index in reversed(range(6))] == drawn[::-1]
+    assert content(RegistrySampler(small_data(), seed=6).episode(0)) != drawn[0]
 
 
 def test_training_never_shows_a_held_out_tool_and_dev_asks_for_nothing_else():
@@ -308,3 +305,15 @@ def test_new_names_hold_numbers_or_begin_like_values_where_that_is_asked_for():
     assert {name[:1].casefold() for name in plain} - {"l", "m"}
     assert all(any(letter.isdigit() for letter in name) for name in names(1.0, 0.0))
     assert {name[:1].casefold() for name in names(0.0, 1.0)} == {"l", "m"}
+
+
+def test_tools_that_the_data_calls_alike_never_share_a_registry():
+    data = small_data()
+    ids = sorted(tool.id for tool in data.tools.values() if tool.split == "train")
+    groups = (frozenset(ids[:8]), frozenset(ids[8:14]))
+    drawn = RegistrySampler(replace(data, alike=groups), seed=2, options=SamplerOptions(tools=((6, 8, 1.0),)))
+    for index in range(30):
+        golds = {sample.tool for sample in drawn.episode(index).samples} - {None}
+        held = set(drawn.episode(index).tool_ids)
+        for gold in golds:
+            assert not any((held - {gold}) & group for group in groups if gold in group)

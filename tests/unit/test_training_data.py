@@ -215,3 +215,40 @@ def test_the_command_line_counts_and_shows(tmp_path, capsys):
     assert "Registry of 1 tools" in capsys.readouterr().out
     assert main(["data", "build", "--source", "sgd", "--out", str(tmp_path / "x")]) == 1
     assert "needs --input" in capsys.readouterr().err
+
+
+def everyday_folder(folder: Path) -> Path:
+    for source in ("hwu64", "slurp", "home-llm"):
+        tools = [{**TOOL, "id": f"{source}/{name}", "name": name, "source": source} for name in ("buy", "sell")]
+        write_lines(folder / f"tools_{source}.jsonl", *tools)
+        calls = [{"tool": f"{source}/{name}", "arguments": {"thing": "lamps"}} for name in ("buy", "sell")]
+        rows = [{**CALL, "source": source, "calls": calls[:1]}, {**CALL, "source": source, "calls": calls}]
+        write_lines(folder / f"calls_{source}.jsonl", *rows)
+    (folder / "near_duplicates.json").write_text(json.dumps({"buy": ["hwu64/buy", "home-llm/buy"]}))
+    return folder
+
+
+def test_a_folder_may_have_a_file_of_tools_for_each_source_and_name_tools_that_are_alike(tmp_path):
+    data = load_data(everyday_folder(tmp_path))
+    assert len(data.tools) == 6
+    assert data.alike == (frozenset({"hwu64/buy", "home-llm/buy"}),)
+    assert repair(data).alike == data.alike
+
+
+def test_held_out_sources_are_of_split_dev_whatever_their_rows_say(tmp_path):
+    data = load_data(everyday_folder(tmp_path))
+    assert {tool.source for tool in data.tools.values() if tool.split == "dev"} == {"slurp"}
+    assert {record.source for record in data.calls if record.split == "dev"} == {"slurp"}
+    assert data.held_out_tools() == {"slurp/buy", "slurp/sell"}
+
+
+def test_requests_with_several_calls_of_a_source_that_tests_them_are_left_out(tmp_path):
+    data = load_data(everyday_folder(tmp_path))
+    several = {record.source for record in data.calls if len(record.calls) > 1}
+    assert several == {"hwu64", "slurp"}
+
+
+def test_a_damaged_list_of_tools_that_are_alike_is_named(tmp_path):
+    (everyday_folder(tmp_path) / "near_duplicates.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"near_duplicates\.json"):
+        load_data(tmp_path)
