@@ -130,20 +130,20 @@ class Generated:
     @property
     def weights(self) -> list[LoRAWeights]:
         """The LoRA weights of each registry, as views of `matrices`; `apply_lora` takes the list."""
-        a_side, _ = self.matrices["gate_proj"]
-        registries, layers, rank = a_side.shape[:3]
+        # Unbound, since the way back through an index makes a tensor of zeros as large as all layers, for each of them.
+        split = {
+            projection: [list(zip(a.unbind(0), b.unbind(0), strict=True)) for a, b in zip(*pair, strict=True)]
+            for projection, pair in self.matrices.items()
+        }
+        some = split["gate_proj"]
         return [
             LoRAWeights(
-                layers,
-                rank,
+                len(layers),
+                layers[0][0].shape[0],
                 self.alpha,
-                {
-                    (layer, projection): (a[registry, layer], b[registry, layer])
-                    for layer in range(layers)
-                    for projection, (a, b) in self.matrices.items()
-                },
+                {(layer, name): own[n][layer] for layer in range(len(layers)) for name, own in split.items()},
             )
-            for registry in range(registries)
+            for n, layers in enumerate(some)
         ]
 
 

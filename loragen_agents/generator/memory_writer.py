@@ -46,6 +46,10 @@ class MemoryWriter(nn.Module):
         readings = self.read(registry, beside)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
 
+    def each(self, registry: ToolRegistry, beside: LoRAWeights) -> list[LoRAWeights]:
+        """The pieces of each tool as if it were alone in its registry: what is in place once it is chosen."""
+        return [LoRAWeights(self._layers, 1, 1, self.memory([reading])) for reading in self.read(registry, beside)]
+
     def read(self, registry: ToolRegistry, beside: LoRAWeights) -> list[ToolReading]:
         """Read a registry's tools with the edge LM and the weights `beside` in place."""
         form = registry.input_format

@@ -5,7 +5,7 @@ edge LM into what made the weights. Most target tokens copy arguments, so the pa
 arguments, answer) are averaged and weighted apart. Knows models and losses; where episodes come from it does not know.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +22,9 @@ from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.tool_reading import capture_down_proj_inputs, down_proj_inputs
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.training.batches import PARTS, TokenizedSample, tokenize_sample
+from loragen_agents.training.given_tool import GivenEpisode, GivenToolLoss
 from loragen_agents.training.packing import Batch, batches
+from loragen_agents.training.rates import Rates
 
 PromptKind = Literal["user_turn", "full_react"]
 
@@ -50,36 +52,25 @@ def tokenize_episode(
     return TokenizedEpisode(episode.registry, tuple(s for s in samples if len(s.input_ids) <= max_tokens))
 
 
-class Rates:
-    """Sums and counts by name, to be averaged over any number of episodes."""
+@dataclass(frozen=True)
+class _Counts:
+    """What the losses of an episode are averaged over: target tokens by part, calls, opening samples; and its tools."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, float] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Count each of `values` in the mean of `name`."""
-        self.sums[name] = self.sums.get(name, 0.0) + values.detach().float().sum().item()
-        self.counts[name] = self.counts.get(name, 0.0) + values.numel()
-
-    def means(self) -> dict[str, float]:
-        """The mean of every name that was counted."""
-        return {name: self.sums[name] / count for name, count in self.counts.items() if count}
+    tokens: list[int]
+    calls: int
+    openings: int
+    tools: int
 
     @classmethod
-    def joined(cls, several: Iterable["Rates"]) -> "Rates":
-        """The rates of several processes as one, in which every value counts the same."""
-        joined = cls()
-        for rates in several:
-            for name, count in rates.counts.items():
-                joined.sums[name] = joined.sums.get(name, 0.0) + rates.sums[name]
-                joined.counts[name] = joined.counts.get(name, 0.0) + count
-        return joined
+    def of(cls, episode: TokenizedEpisode) -> "_Counts":
+        samples = episode.samples
+        tokens = torch.bincount(torch.tensor([p for s in samples for p in s.parts]), minlength=len(PARTS)).tolist()
+        calls = sum(sample.choice is not None for sample in samples)
+        return cls(tokens, calls, sum(sample.opening for sample in samples), len(episode.registry))
 
-    def clear(self) -> None:
-        """Begin anew."""
-        self.sums.clear()
-        self.counts.clear()
+
+# Gives the memory's activations at a place of each sample; None passes a sample over.
+_Look = Callable[[Sequence[int | None]], Tensor]
 
 
 class EpisodeModel(nn.Module):
@@ -87,6 +78,7 @@ class EpisodeModel(nn.Module):
 
     generator: what is trained; its language models stay frozen.
     weights: of the parts of a step.
+    given_weight: of the arguments' mean cross entropy in steps with the tool given.
     match_weight: of the cross entropy of the memory's matches over the registry's tools, and over these and none.
     first_layer: LoRA weights of layers below are left out, which saves the way back through them.
     batch_tokens: rows of similar length are run together up to this many tokens with padding.
@@ -99,27 +91,41 @@ class EpisodeModel(nn.Module):
         *,
         weights: Mapping[Part, float] | None = None,
         match_weight: float = 0.5,
+        given_weight: float = 1.5,
         first_layer: int = 0,
         batch_tokens: int = 1024,
     ) -> None:
         super().__init__()
         self.generator = generator
         self.weights = {**_DEFAULT_WEIGHTS, **(weights or {})}
-        self.match_weight, self.first_layer, self.batch_tokens = match_weight, first_layer, batch_tokens
+        self.match_weight, self.given_weight = match_weight, given_weight
+        self.first_layer, self.batch_tokens = first_layer, batch_tokens
         # In tuples, so that neither is taken for a submodule of this one.
         self._edge, self._renderer = (generator.edge.model,), (renderer,)
         self.rates = Rates()
 
-    def forward(self, episodes: Sequence[TokenizedEpisode]) -> Tensor:
-        """Mean loss of the episodes; the rates of all samples are counted in `rates`."""
+    def forward(self, episodes: Sequence[TokenizedEpisode | GivenEpisode]) -> Tensor:
+        """Mean loss of the whole episodes, plus that of the steps with the tool given; rates are counted in `rates`."""
         kept = [episode for episode in episodes if episode.samples]
         if not kept:
             return torch.stack([p.sum() for p in self.generator.parameters() if p.requires_grad]).sum() * 0
         reads = self.generator.config.uses_cloud
         prompts = [self._renderer[0].definitions(episode.registry) if reads else "" for episode in kept]
         made = self.generator(prompts)
-        losses = [self._episode(episode, self._trained(w)) for episode, w in zip(kept, made.weights, strict=True)]
-        return torch.stack(losses).mean() + made.load_loss
+        loss, weights = made.load_loss, [self._trained(w) for w in made.weights]
+        whole = [
+            self._episode(episode, beside)
+            for episode, beside in zip(kept, weights, strict=True)
+            if isinstance(episode, TokenizedEpisode)
+        ]
+        if whole:
+            loss = loss + torch.stack(whole).mean()
+        given = [(e, beside) for e, beside in zip(kept, weights, strict=True) if isinstance(e, GivenEpisode)]
+        if given:
+            of_given = GivenToolLoss(self.generator.tool_memory, self._edge[0], self.rates, self.batch_tokens)
+            own, beside = [e for e, _ in given], [beside for _, beside in given]
+            loss = loss + self.given_weight * of_given(own, beside, shared=not reads)
+        return loss
 
     @torch.no_grad()
     def set_background(self, episodes: Sequence[TokenizedEpisode]) -> None:
@@ -143,41 +149,55 @@ class EpisodeModel(nn.Module):
         return replace(weights, tensors=tensors)
 
     def _episode(self, episode: TokenizedEpisode, weights: LoRAWeights) -> Tensor:
+        """Loss of a whole episode: its registry is in the weights, and all of its samples are run."""
         writer = self.generator.tool_memory
         match: ToolMatch | None = None
         if writer is not None and episode.registry:
             pieces, match = writer(episode.registry, weights)
             weights = weights.concatenate(pieces)
-        tools = len(episode.registry)
-        all_parts = torch.tensor([part for sample in episode.samples for part in sample.parts])
-        counts = torch.bincount(all_parts, minlength=len(PARTS)).tolist()
-        calls = sum(sample.choice is not None for sample in episode.samples)
-        openings = sum(sample.opening for sample in episode.samples)
+        counts = _Counts.of(episode)
         loss = torch.zeros((), device=self._edge[0].device)
         with apply_lora(self._edge[0], weights):
             for batch in self._batches(episode.samples):
                 chunk = [episode.samples[index] for index in batch.rows]
                 entropy, right, parts, at = self._run(batch, chunk)
-                for index, part in enumerate(PARTS):
-                    chosen = parts == index
-                    if chosen.any():
-                        full = min(1.0, counts[index] / _FULL_WEIGHT_TOKENS) if part in _LONG_PARTS else 1.0
-                        loss = loss + self.weights[part] * full * entropy[chosen].sum() / counts[index]
-                        self.rates.add(f"loss_{part}", entropy[chosen])
+                loss = loss + self._text_loss(entropy, parts, counts)
                 self._count(chunk, right, parts)
-                if match is None:
-                    continue
-                asked = [sample.action_place for sample in chunk]
-                if tools > 1 and any(place is not None for place in asked):
-                    logits = match.choose(at(asked))
-                    choices = [sample.choice for sample in chunk if sample.choice is not None]
-                    loss = loss + self.match_weight * self._match("match", logits, choices) / calls
-                asked = [sample.prompt_length - 1 if sample.opening else None for sample in chunk]
-                if any(place is not None for place in asked):
-                    logits = match.decide(at(asked))
-                    choices = [tools if s.choice is None else s.choice for s in chunk if s.opening]
-                    loss = loss + self.match_weight * self._match("serves", logits, choices) / openings
+                if match is not None:
+                    loss = loss + self.match_weight * self._choice_loss(match, chunk, at, counts)
+                    loss = loss + self.match_weight * self._decision_loss(match, chunk, at, counts)
         return loss
+
+    def _text_loss(self, entropy: Tensor, parts: Tensor, counts: "_Counts") -> Tensor:
+        """The share of some target tokens in L_LM: each part of a step is averaged over the episode, then weighted."""
+        loss = entropy.new_zeros(())
+        for index, part in enumerate(PARTS):
+            chosen = parts == index
+            if chosen.any():
+                full = min(1.0, counts.tokens[index] / _FULL_WEIGHT_TOKENS) if part in _LONG_PARTS else 1.0
+                loss = loss + self.weights[part] * full * entropy[chosen].sum() / counts.tokens[index]
+                self.rates.add(f"loss_{part}", entropy[chosen])
+        return loss
+
+    def _choice_loss(
+        self, match: ToolMatch, chunk: Sequence[TokenizedSample], at: "_Look", counts: "_Counts"
+    ) -> Tensor | float:
+        """The share of some samples in the match's cross entropy over the tools, at their `Action:`."""
+        choices = [sample.choice for sample in chunk if sample.choice is not None]
+        if counts.tools < 2 or not choices:
+            return 0.0
+        return self._match("match", match.choose(at([sample.action_place for sample in chunk])), choices) / counts.calls
+
+    def _decision_loss(
+        self, match: ToolMatch, chunk: Sequence[TokenizedSample], at: "_Look", counts: "_Counts"
+    ) -> Tensor | float:
+        """The share of some samples in the match's cross entropy over the tools and none, where a request ends."""
+        opening = [sample for sample in chunk if sample.opening]
+        if not opening:
+            return 0.0
+        logits = match.decide(at([sample.prompt_length - 1 if sample.opening else None for sample in chunk]))
+        choices = [counts.tools if sample.choice is None else sample.choice for sample in opening]
+        return self._match("serves", logits, choices) / counts.openings
 
     def _match(self, name: str, logits: Tensor, choices: Sequence[int]) -> Tensor:
         """Summed cross entropy of the memory's match; its rates are counted under `name`."""
@@ -194,9 +214,7 @@ class EpisodeModel(nn.Module):
         rows = [sample.input_ids for sample in samples]
         return batches(rows, self.batch_tokens, share=share and whole, device=model.device)
 
-    def _run(
-        self, batch: Batch, chunk: Sequence[TokenizedSample]
-    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Sequence[int | None]], Tensor]]:
+    def _run(self, batch: Batch, chunk: Sequence[TokenizedSample]) -> tuple[Tensor, Tensor, Tensor, "_Look"]:
         """Cross entropy, rightness and part of every target token (tokens,), and a look at the memory's activations.
 
         The last takes a place for each sample, or None to pass it over, and gives the inputs of `down_proj` there, with

@@ -30,7 +30,7 @@ class Recipe(_Strict):
     """One training run.
 
     The score of an evaluation is the mean of the rates of right names (real and invented) and right decisions, which
-    with a tool memory are those of its match.
+    with a tool memory are those of its match, and of right calls where steps with the tool given are trained.
     """
 
     cloud: str = DEFAULT_MODEL
@@ -41,12 +41,17 @@ class Recipe(_Strict):
     start_from: str | None = Field(None, description="a generator's folder, or 'default', whose weights to begin with")
     data: tuple[str, ...] = Field((), description="data folders, as `loragen-agents data build` writes them")
     sampler: dict[str, Any] = Field(default_factory=dict, description="settings of SamplerOptions")
+    whole_every: int = Field(1, ge=1, description="one episode in so many is whole; in the others the tool is given")
+    given_sampler: dict[str, Any] = Field(default_factory=dict, description="of the episodes with the tool given")
+    given_weight: float = Field(1.5, ge=0, description="of the arguments' loss where the tool is given")
+    notes: float = Field(0.0, ge=0, le=1, description="share of these requests with the tool's argument notes")
     loss_weights: dict[Part, NonNegativeFloat] = Field(default_factory=dict, description="of the parts of a step")
     match_weight: float = Field(0.5, ge=0)
     first_layer: int = Field(0, ge=0, description="edge layers below get no LoRA weights")
     max_tokens: int = Field(2048, ge=32, description="longer samples are left out")
     batch_tokens: int = Field(1024, ge=32, description="tokens, with padding, that run through the edge LM at once")
     steps: int = Field(ge=1)
+    minutes: float | None = Field(None, gt=0, description="end after so long, with the cosine over the time, not steps")
     episodes: int = Field(1, ge=1, description="registries of a step, on each process")
     accumulation: int = Field(1, ge=1, description="steps whose gradients are added up before the weights change")
     learning_rate: float = Field(7e-4, gt=0)

@@ -260,3 +260,19 @@ def test_gpt4tools_data_trains_too(tmp_path):
     weights = train(recipe, tmp_path / "run")
     language_model = load_language_model(edge, dtype="float32")
     assert LoRAGenerator.load(weights, language_model, language_model).notes["step"] in (1, 2)
+
+
+def test_a_run_with_given_tools_tells_how_their_calls_go(edge, tmp_path):
+    settings = recipe(edge, whole_every=2, notes=0.5, episodes=2, log_every=2, evaluation={"every": 6, "episodes": 1})
+    train(settings, tmp_path, data=data())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"given_call", "given_copied", "loss_name"} <= lines[0].keys()
+    assert "eval_given_given_call" in json.loads((tmp_path / "best.json").read_text())
+
+
+def test_a_run_over_time_ends_when_the_time_is_over_at_a_low_rate(edge, tmp_path):
+    train(recipe(edge, steps=10**6, minutes=0.04, log_every=1), tmp_path, data=data())
+    rates = [json.loads(line).get("learning_rate") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rates = [rate for rate in rates if rate is not None]
+    assert 1 < len(rates) < 10**5
+    assert rates[-1] < 0.7 * max(rates)
