@@ -36,6 +36,8 @@ from loragen_agents.chat.structured_output import output_parser, schema_tool
 from loragen_agents.conversation.react import Answer, AnswerDelta, InvalidStep, Step, StepEvent, StepStream
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion
+from loragen_agents.edge.grammar_source import grammar_source
+from loragen_agents.errors import PromptError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import DEFAULT_MODEL, LanguageModel
 from loragen_agents.registry import InputFormat, ToolRegistry
@@ -142,7 +144,11 @@ class LoRAGenChatModel(BaseChatModel):
     grammar: bool = True
     """Hold decoding to the registry's grammar: a tool's name, then its argument schema, or an answer."""
 
-    temperature: float = Field(default=0.0, ge=0)
+    score_tools: bool = True
+    """Choose the tool by the probabilities of all of them, where decoding is greedy and held to the grammar; False lets
+    the model spell a name."""
+
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 decodes greedily."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -151,7 +157,7 @@ class LoRAGenChatModel(BaseChatModel):
     top_k: int = Field(default=0, ge=0)
     """Sample from so many tokens; 0 is all."""
 
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     """Seed of the sampling; the same seed gives the same text."""
 
     max_tokens: int = Field(default=256, ge=1)
@@ -199,6 +205,12 @@ class LoRAGenChatModel(BaseChatModel):
         names = [tool["function"]["name"] for tool in info.data.get("tools", ())]
         return read_tool_choice(choice, names or None)
 
+    @model_validator(mode="after")
+    def _check_tools(self) -> "LoRAGenChatModel":
+        if self.grammar:
+            grammar_source(read_registry(self.tools, self.input_format), "auto")
+        return self
+
     # Binding
 
     def bind_tools(
@@ -213,9 +225,12 @@ class LoRAGenChatModel(BaseChatModel):
 
         Raises:
             RegistryError: a tool that can't be used, by name.
+            GrammarError: a tool that no call can be right for, by name, where the grammar is on.
             PromptError: `tool_choice` names no tool of these.
         """
         definitions = openai_dicts(tools)
+        if kwargs.get("grammar", self.grammar):
+            grammar_source(read_registry(definitions, self.input_format), "auto")
         if tool_choice is not None:
             names = [definition["function"]["name"] for definition in definitions]
             kwargs["tool_choice"] = read_tool_choice(tool_choice, names)
@@ -376,7 +391,12 @@ class LoRAGenChatModel(BaseChatModel):
         specialization = self._specialize(call.model, call.registry, conversation.system_text)
         reader, answer = StepStream(call.registry), AnswerText(call.stop)
         decoding = specialization.model.stream(
-            conversation.turns, call.sampling, grammar=call.grammar, tool_choice=call.tool_choice, cancel=cancel
+            conversation.turns,
+            call.sampling,
+            grammar=call.grammar,
+            tool_choice=call.tool_choice,
+            score_tools=call.score_tools,
+            cancel=cancel,
         )
         try:
             for delta in decoding:
@@ -430,6 +450,8 @@ class LoRAGenChatModel(BaseChatModel):
     def _language_model(self, given: str | LanguageModel) -> LanguageModel:
         if isinstance(given, str):
             return shared_language_model(given, device=self.device, dtype=self.dtype)
+        if not isinstance(given, LanguageModel):
+            raise PromptError(f"model is {given!r}; expected a model's name or a LanguageModel")
         return given
 
     def _metadata(

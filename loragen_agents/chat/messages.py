@@ -158,7 +158,7 @@ class _Reader:
                 raise PromptError(f"{where}: the call of {call['name']!r} has no id, so no tool message can answer it")
             if identifier in self.calls:
                 raise PromptError(f"{where}: two tool calls have the id {identifier!r}")
-            self.calls[identifier] = _Call(call["name"], self._action_input(call))
+            self.calls[identifier] = _Call(call["name"], self._action_input(call, where))
         for failed in broken:
             if not failed.get("name"):
                 self.left_out.append(f"{where}: a tool call that could not be read and has no name")
@@ -167,13 +167,19 @@ class _Reader:
             observation = f"Error: {failed.get('error') or 'the call could not be read.'}"
             self.calls[failed.get("id") or uuid.uuid4().hex] = _Call(failed["name"] or "", said, observation)
 
-    def _action_input(self, call: ToolCall) -> str:
+    def _action_input(self, call: ToolCall, where: str) -> str:
         if call["name"] in self.registry:
             try:
                 return format_action_input(self.registry[call["name"]], call["args"], self.registry.input_format)
             except ArgumentError:
                 pass  # a call that its own tool would refuse (the tool message then says why) is shown as it was made
-        return json.dumps(call["args"], ensure_ascii=False)
+        try:
+            return json.dumps(call["args"], ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PromptError(
+                f"{where}: the arguments of the call of {call['name']!r} can't be written as JSON: {error}; give "
+                "dates, sets and other objects as text, numbers or lists"
+            ) from error
 
     def _read_observation(self, message: ToolMessage, where: str) -> None:
         call = self.calls.get(message.tool_call_id)

@@ -5,28 +5,41 @@ Knows the forms in which LangChain and OpenAI give tools and choices; knows neit
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from loragen_agents.edge.grammar_source import grammar_source
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.errors import PromptError, RegistryError
 from loragen_agents.registry import InputFormat, ToolRegistry
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-SETTINGS = ("model", "tools", "tool_choice", "grammar", *SAMPLING)
+SETTINGS = ("model", "tools", "tool_choice", "grammar", "score_tools", *SAMPLING)
 # Calls always fit their schema and come one at a time, whatever the first two say; `stream` is LangChain's own.
 _TOLERATED = ("strict", "parallel_tool_calls", "stream")
 
 
 @dataclass(frozen=True)
 class CallSettings:
-    """What one call goes by. model: the edge LM or its name. stop: texts that end an answer."""
+    """What one call goes by.
+
+    Args:
+        model: The edge LM or its name.
+        registry: The tools.
+        tool_choice: "auto", "any", "none" or a tool's name.
+        grammar: Whether decoding is held to the registry's grammar.
+        score_tools: Whether the tool is chosen by the scores of all of them.
+        sampling: How tokens are chosen.
+        stop: Texts that end an answer.
+    """
 
     model: Any
     registry: ToolRegistry
     tool_choice: str
     grammar: bool
+    score_tools: bool
     sampling: Sampling
     stop: tuple[str, ...]
 
@@ -36,12 +49,17 @@ def read_settings(
 ) -> CallSettings:
     """The settings of a call.
 
-    fields: a value for each of `SETTINGS`; arguments: those of the call, of which None counts as not given.
+    Args:
+        fields: A value for each of `SETTINGS`.
+        arguments: Those of the call, which take the place of fields; None counts as not given.
+        stop: Texts that end an answer.
+        input_format: How the tools' inputs are written.
 
     Raises:
-        PromptError: an argument that the model does not know, one out of its range, or a tool choice that the tools do
-            not allow.
-        RegistryError: a tool that can't be used.
+        PromptError: An argument that the model does not know, one of the wrong kind or outside its range, or a tool
+            choice that the tools do not allow.
+        RegistryError: A tool that can't be used.
+        GrammarError: A tool that no call can be right for, where the grammar is on.
     """
     unknown = sorted(arguments.keys() - {*SETTINGS, *_TOLERATED})
     if unknown:
@@ -57,19 +75,40 @@ def read_settings(
         sampling = Sampling(**{name: given[name] for name in SAMPLING})
     except (TypeError, ValueError) as error:
         raise PromptError(str(error)) from error
+    if given["grammar"]:
+        grammar_source(registry, "auto")
     return CallSettings(
-        given["model"], registry, choice, bool(given["grammar"]), sampling, tuple(text for text in stop or () if text)
+        model=given["model"],
+        registry=registry,
+        tool_choice=choice,
+        grammar=bool(given["grammar"]),
+        score_tools=bool(given["score_tools"]),
+        sampling=sampling,
+        stop=_read_stop(stop),
     )
+
+
+def _read_stop(stop: Any) -> tuple[str, ...]:
+    texts = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(texts, Iterable) or isinstance(texts, Mapping):
+        raise PromptError(f"stop is {stop!r}; expected a list of texts")
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise PromptError(f"stop holds {text!r} of type {type(text).__name__}; expected texts only")
+    return tuple(text for text in texts if text)
 
 
 def read_registry(tools: Any, input_format: InputFormat) -> ToolRegistry:
     """The registry of `tools`, which are OpenAI dicts or any other form that `ToolRegistry.from_tools` takes.
 
     Raises:
-        RegistryError: a tool that can't be used.
+        RegistryError: A tool that can't be used.
     """
-    plain = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    return _registry(json.dumps(tools if plain else openai_dicts(tools)), input_format)
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        with suppress(TypeError, ValueError):  # what JSON can't hold is named below
+            return _registry(json.dumps(tools), input_format)
+    return _registry(json.dumps(openai_dicts(tools)), input_format)
 
 
 @lru_cache(maxsize=64)
@@ -82,7 +121,7 @@ def openai_dicts(tools: Any) -> list[dict[str, Any]]:
     """Tools of any make as OpenAI dicts; of definitions that are equal but for their titles, the first.
 
     Raises:
-        RegistryError: a tool that can't be used, or two different ones of one name.
+        RegistryError: A tool that can't be used, or two different ones of one name.
     """
     if tools is None:
         return []
@@ -112,14 +151,19 @@ def _without_titles(node: Any) -> Any:
 def read_tool_choice(choice: Any, names: Sequence[str] | None) -> str:
     """LangChain's and OpenAI's ways to choose, as "auto", "any", "none" or a tool's name.
 
-    names: the tools there are; None where that is not known yet.
+    Args:
+        choice: A name or word, True ("any"), False ("none"), None ("auto"), or a dict as OpenAI or Anthropic has it.
+        names: The tools there are; None where that is not known yet.
 
     Raises:
-        PromptError: the choice is none of these, or a name that is not in `names`.
+        PromptError: The choice is none of these, or a name that is not in `names`.
     """
+    given = choice
     if isinstance(choice, Mapping):
         inner = choice.get("function", choice)
-        choice = inner.get("name") or choice.get("type")
+        choice = (inner.get("name") or inner.get("type")) if isinstance(inner, Mapping) else inner
+        if not isinstance(choice, str):
+            raise PromptError(f"tool_choice is {given!r}; expected {{'type': 'function', 'function': {{'name': ...}}}}")
     if choice is None or isinstance(choice, bool):
         return {None: "auto", True: "any", False: "none"}[choice]
     if choice == "required":
@@ -127,6 +171,6 @@ def read_tool_choice(choice: Any, names: Sequence[str] | None) -> str:
     if choice in ("auto", "any", "none") or (isinstance(choice, str) and (names is None or choice in names)):
         return str(choice)
     raise PromptError(
-        f"tool_choice {choice!r} is none of the tools ({', '.join(names or ()) or 'there are none'}); expected one of "
+        f"tool_choice {given!r} is none of the tools ({', '.join(names or ()) or 'there are none'}); expected one of "
         "their names, 'auto', 'any' or 'none'"
     )

@@ -1,6 +1,8 @@
 """How the next token is chosen from logits, and when generation stops. Knows nothing of models or grammars."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +15,16 @@ _LIKELY = 256
 class Sampling:
     """How tokens are chosen, and when to stop.
 
-    max_tokens: bound on the generated tokens, forced ones included. temperature: 0 takes the likeliest token.
-    top_p, top_k: sample from the fewest tokens that hold this probability, and from at most so many; 1.0 and 0 switch
-    them off. seed: makes sampling reproducible; each sequence of a batch then draws as if it were alone. stop: texts at
-    which generation ends; they are not part of the result.
+    Args:
+        max_tokens: Most tokens to generate, forced ones included.
+        temperature: 0 takes the likeliest token.
+        top_p: Sample from the fewest tokens that hold this probability; 1.0 is all.
+        top_k: Sample from at most so many tokens; 0 is all.
+        seed: Makes sampling reproducible; each sequence of a batch then draws as if it were alone.
+        stop: Texts at which generation ends; they are not part of the result.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: A value of the wrong kind or outside its range.
     """
 
     max_tokens: int = 256
@@ -30,16 +35,26 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 1")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more")
+        if not _is_whole(self.max_tokens) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens!r}; expected a whole number of at least 1")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature!r}; expected a finite number, 0 or more")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; expected a number of more than 0 and at most 1")
+        if not _is_whole(self.top_k) or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r}; expected a whole number, 0 (off) or more")
+        if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number from -2**63 to 2**64 - 1, or None")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; expected a tuple of texts, none of them empty")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def pick(scores: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
