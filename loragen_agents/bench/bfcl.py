@@ -12,7 +12,6 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +147,21 @@ def run_bfcl(
         DataError: `out` can't take the run (see `RunFolder`).
     """
     title = f"{VERSION}, single turn, Python"
-    task = {"name": "bfcl", "title": title, "metrics": METRICS, "package": PACKAGE, "sha256": SHA256}
+    task = {
+        "name": "bfcl",
+        "title": title,
+        "variants": "Category",
+        "metrics": METRICS,
+        "package": PACKAGE,
+        "sha256": SHA256,
+    }
     counts = {category: len(rows) for category, rows in entries.items()}
     folder = RunFolder(out, {"task": {**task, "rows": counts}, **settings, "equal_tokens": 1}, resume=resume)
-    complete = False
-    try:
-        table = LiveTable(title, METRICS, list(entries), {}, folder.records, total=sum(counts.values()))
-        with table, suppress(KeyboardInterrupt):
-            _ask(entries, model, check, folder, table)
-            complete = True
-    finally:
-        folder.close()
-    results = results_document(folder.header, _summary(folder.records), missing={}, complete=complete, command=command)
+    table = LiveTable(title, METRICS, list(entries), {}, folder.records, total=sum(counts.values()))
+    with folder.recording() as outcome, table:
+        _ask(entries, model, check, folder, table)
+    summary = _summary(folder.records)
+    results = results_document(folder.header, summary, missing={}, complete=outcome.complete, command=command)
     folder.write_results(results)
     if out is not None:
         write_bfcl_files(out, folder.records)
@@ -185,7 +187,7 @@ def _ask(
             calls, first = answered.pop("calls"), answered.pop("first_token_seconds")
             scores, error = score_entry(entry, calls, check)
             record = {
-                "row": category,
+                "variant": category,
                 "id": entry.id,
                 **answered,
                 "scores": scores,
@@ -200,7 +202,7 @@ def _ask(
 def _summary(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     by_category: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_category[record["row"]].append(record)
+        by_category[record["variant"]].append(record)
     summary = {}
     for category in sorted(by_category, key=lambda name: ("live" in name, name)):
         found = by_category[category]
@@ -220,7 +222,7 @@ def write_bfcl_files(folder: Path, records: Iterable[Record]) -> None:
     """Write `result/` and `score/` as BFCL's own scripts do: a folder a model, then live or not, a file a category."""
     by_category: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_category[record["row"]].append(record)
+        by_category[record["variant"]].append(record)
     for category, found in by_category.items():
         group = "live" if category.startswith("live") else "non_live"
         keys = ("id", "result", "input_token_count", "output_token_count", "latency")

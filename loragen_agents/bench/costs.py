@@ -1,4 +1,4 @@
-"""What a turn costs: prompt tokens, time, memory; measured one turn at a time, summed up one row at a time.
+"""What a turn costs: prompt tokens, time, memory; measured one turn at a time, summed up one variant at a time.
 
 Knows nothing of what was asked or how well it was answered. Times are wall clock; memory is what a turn adds on top of
 the model, as the accelerator's allocator or the operating system counts it.
@@ -35,23 +35,23 @@ class TurnCost:
 
 
 @dataclass(frozen=True)
-class RowCost:
-    """The costs of one row.
+class VariantCost:
+    """The costs of one variant.
 
     Attributes:
         prompt_tokens, read_tokens: median length of a prompt, and of what of it was not in the KV cache already.
-        compression: median prompt tokens of the reference row (definitions in the prompt) over this row's.
+        compression: median prompt tokens of the reference variant (definitions in the prompt) over this variant's.
         first_token_ms, turn_ms: time to the first token and of the whole turn.
         tokens_per_second: over all tokens after each turn's first.
         equal_turn_ms: time of a turn of `equal_tokens` tokens: first token, then the median time of each further one.
-            Rows write different texts; this compares them at the same length.
-        model_bytes: what the row's weights take up.
+            Variants write different texts; this compares them at the same length.
+        model_bytes: what the variant's weights take up.
         peak_bytes: `model_bytes` and the largest addition that a turn made; None where it could not be measured.
         kv_bytes: KV cache at the end of the longest turn, from the model's shape.
         setup_ms: median time to get ready for a registry: specialising, or reading the prefix into the cache.
-        break_even_turns: turns after which specialising has paid for itself against the reference row; `inf` where a
-            turn is no cheaper.
-        break_even_cached_turns: the same against the reference row with its prefix cached.
+        break_even_turns: turns after which specialising has paid for itself against the reference variant; `inf` where
+            a turn is no cheaper.
+        break_even_cached_turns: the same against the reference variant with its prefix cached.
     """
 
     prompt_tokens: float
@@ -70,7 +70,7 @@ class RowCost:
     break_even_cached_turns: float | None = None
 
 
-def row_cost(
+def variant_cost(
     turns: Sequence[TurnCost],
     setup_seconds: Sequence[float],
     *,
@@ -78,8 +78,8 @@ def row_cost(
     kv_bytes: int,
     equal_tokens: int,
     reference_prompt_tokens: float | None,
-) -> RowCost | None:
-    """Sum up one row; None without turns. The first turn of a run warms caches up and is left out of the timings."""
+) -> VariantCost | None:
+    """Sum up one variant; None without turns. The first turn of a run warms caches up and doesn't count as timed."""
     if not turns:
         return None
     timed = turns[1:] if len(turns) > 1 else turns
@@ -94,7 +94,7 @@ def row_cost(
     peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
     after_first = sum(turn.seconds - turn.first_token_seconds for turn in timed if turn.output_tokens > 1)
     further = sum(turn.output_tokens - 1 for turn in timed if turn.output_tokens > 1)
-    return RowCost(
+    return VariantCost(
         prompt_tokens=prompt,
         read_tokens=float(median(turn.prompt_tokens - turn.cached_tokens for turn in turns)),
         output_tokens=float(median(turn.output_tokens for turn in turns)),
@@ -110,15 +110,17 @@ def row_cost(
     )
 
 
-def break_even_turns(row: RowCost, reference: RowCost) -> float | None:
-    """Turns after which the row's set-up has paid for itself; 0 where it costs no more, `inf` where it never does.
+def break_even_turns(variant: VariantCost, reference: VariantCost) -> float | None:
+    """Turns after which the variant's set-up has paid for itself; 0 where it costs no more, `inf` where it never does.
 
     Both set-ups count, and turns are compared at the same output length.
     """
-    if row.equal_turn_ms is None or reference.equal_turn_ms is None:
+    if variant.equal_turn_ms is None or reference.equal_turn_ms is None:
         return None
-    extra = (row.setup_ms.median if row.setup_ms else 0.0) - (reference.setup_ms.median if reference.setup_ms else 0.0)
-    saved = reference.equal_turn_ms - row.equal_turn_ms
+    extra = (variant.setup_ms.median if variant.setup_ms else 0.0) - (
+        reference.setup_ms.median if reference.setup_ms else 0.0
+    )
+    saved = reference.equal_turn_ms - variant.equal_turn_ms
     if extra <= 0:
         return 0.0
     return extra / saved if saved > 0 else math.inf

@@ -20,19 +20,19 @@ from loragen_agents.support.console import messages, visible
 class LiveTable:
     """A context in which calls with a record update the table. Draws on stderr, and only on a terminal.
 
-    rows: names of the table's rows; missing: row -> what makes its weights, shown in the row's place.
+    variants: names of the table's variants; missing: variant -> what makes its weights, shown in the variant's place.
     """
 
     def __init__(
         self,
         title: str,
         metrics: Mapping[str, str],
-        rows: Sequence[str],
+        variants: Sequence[str],
         missing: Mapping[str, str],
         records: Sequence[Record],
         total: int,
     ) -> None:
-        self._title, self._metrics, self._rows, self._missing = title, metrics, rows, missing
+        self._title, self._metrics, self._variants, self._missing = title, metrics, variants, missing
         self._scores: dict[tuple[str, str], list[float]] = defaultdict(list)
         self._first: dict[str, list[float]] = defaultdict(list)
         self._scored: dict[str, int] = defaultdict(int)
@@ -52,7 +52,7 @@ class LiveTable:
 
     def __call__(self, record: Record) -> None:
         self._take(record)
-        self._progress.update(self._bar, advance=1, description=visible(record["row"]))
+        self._progress.update(self._bar, advance=1, description=visible(record["variant"]))
 
     def __enter__(self) -> LiveTable:
         if messages.is_terminal:
@@ -65,27 +65,27 @@ class LiveTable:
         self._live.stop()
 
     def _take(self, record: Record) -> None:
-        row = record["row"]
-        self._scored[row] += 1
-        self._first[row].append(record["cost"]["first_token_seconds"])
+        variant = record["variant"]
+        self._scored[variant] += 1
+        self._first[variant].append(record["cost"]["first_token_seconds"])
         for metric, value in record["scores"].items():
-            self._scores[row, metric].append(value)
+            self._scores[variant, metric].append(value)
 
     def _render(self) -> Group:
         table = Table(title=visible(self._title), title_justify="left", show_edge=False, pad_edge=False)
-        table.add_column("Row")
+        table.add_column("Variant")
         for heading in (*self._metrics.values(), "n", "first token, ms"):
             table.add_column(heading, justify="right")
-        for row in self._rows:
-            if row in self._missing:
-                table.add_row(Text(row, style="dim"), Text("no weights yet", style="dim"))
+        for variant in self._variants:
+            if variant in self._missing:
+                table.add_row(Text(variant, style="dim"), Text("no weights yet", style="dim"))
                 continue
-            cells = [self._scores[row, metric] for metric in self._metrics]
-            first = self._first[row]
+            cells = [self._scores[variant, metric] for metric in self._metrics]
+            first = self._first[variant]
             table.add_row(
-                row,
+                variant,
                 *(f"{100 * fmean(values):.1f}" if values else "" for values in cells),
-                str(self._scored[row]),
+                str(self._scored[variant]),
                 f"{1000 * median(first):.0f}" if first else "",
             )
         return Group(table, self._progress)

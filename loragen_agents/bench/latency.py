@@ -1,20 +1,19 @@
 """`bench latency`: time to the first token and for a turn against the number of tools in the registry.
 
-Times what the rows of the table cost as registries grow; what is written does not matter here. Knows nothing of models:
-an `Engine` runs the rows.
+Times what the variants cost as registries grow; what is written does not matter here. Knows nothing of models: an
+`Engine` runs the variants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from loragen_agents.bench import plots
-from loragen_agents.bench.costs import TurnCost, row_cost
-from loragen_agents.bench.launch import BenchEngine, runnable_rows
+from loragen_agents.bench.costs import TurnCost, variant_cost
+from loragen_agents.bench.launch import BenchEngine, runnable_variants
 from loragen_agents.bench.report import Cells, markdown_table, missing_lines
 from loragen_agents.bench.results import RunFolder, library_versions, machine
 from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE, Row
@@ -26,7 +25,7 @@ from loragen_agents.support.files import replacing
 
 TOOL_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 # With the tool chosen, which is the default of the chat model, and without, which is all that an exported adapter does.
-LATENCY_ROWS = ("lora-gen+match", "lora-gen", REFERENCE, CACHED_REFERENCE)
+LATENCY_VARIANTS = ("lora-gen+match", "lora-gen", REFERENCE, CACHED_REFERENCE)
 # Ordinary requests of different lengths; which tool serves them is of no interest here.
 REQUESTS = (
     "What time is it in Lisbon?",
@@ -40,9 +39,9 @@ REQUESTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """One row at one registry size; medians over the requests, in milliseconds and tokens (see `RowCost`)."""
+    """One variant at one registry size; medians over the requests, in milliseconds and tokens (see `VariantCost`)."""
 
-    row: str
+    variant: str
     tools: int
     prompt_tokens: float
     first_token_ms: float
@@ -71,7 +70,7 @@ def tool_pool(registries: Sequence[ToolRegistry], size: int) -> list[Tool]:
 
 def measure(
     engine: Engine,
-    rows: Sequence[Row],
+    variants: Sequence[Row],
     pool: Sequence[Tool],
     *,
     counts: Sequence[int] = TOOL_COUNTS,
@@ -80,37 +79,39 @@ def measure(
     done: Collection[tuple[str, int]] = (),
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[Point]:
-    """Time every row at every registry size.
+    """Time every variant at every registry size.
 
     Args:
         repeats: turns timed for a point, after one that warms up.
         turn_tokens: output length for which a turn's time is given.
-        done: (row, tools) of points that are there already.
+        done: (variant, tools) of points that are there already.
 
     Raises:
         DataError: the pool has fewer tools than the largest count.
     """
     if max(counts) > len(pool):
         raise DataError(f"{max(counts)} tools were asked for, but there are {len(pool)}; give a larger registry.")
-    places = [(count, row) for count in counts for row in rows if (row.name, count) not in done]
+    places = [(count, variant) for count in counts for variant in variants if (variant.name, count) not in done]
     # A point takes about as long as its registry is large, and then what every point takes.
     total = sum(_weight(count) for count, _ in places)
     finished = 0
-    for count, row in places:
+    for count, variant in places:
         if progress:
-            progress(f"{row.name}, {count} tools", finished / total)
-        session = engine.open(row, ToolRegistry(pool[:count]), "")
+            progress(f"{variant.name}, {count} tools", finished / total)
+        session = engine.open(variant, ToolRegistry(pool[:count]), "")
         turns: list[TurnCost] = []
         for repeat in range(repeats + 1):
             request = REQUESTS[repeat % len(REQUESTS)]
             turns.append(session.write([Turn(request)]).cost)
         setup = [session.setup_seconds] if session.setup_seconds is not None else []
-        cost = row_cost(turns, setup, model_bytes=0, kv_bytes=0, equal_tokens=turn_tokens, reference_prompt_tokens=None)
+        cost = variant_cost(
+            turns, setup, model_bytes=0, kv_bytes=0, equal_tokens=turn_tokens, reference_prompt_tokens=None
+        )
         finished += _weight(count)
         if cost is None or cost.first_token_ms is None or cost.equal_turn_ms is None:
-            raise DataError(f"Row {row.name}: the model wrote one token at most, so a turn can't be timed.")
+            raise DataError(f"Variant {variant.name}: the model wrote one token at most, so a turn can't be timed.")
         yield Point(
-            row.name,
+            variant.name,
             count,
             cost.prompt_tokens,
             cost.first_token_ms.median,
@@ -123,9 +124,9 @@ def _weight(count: int) -> int:
     return 8 + count
 
 
-def launch(
+def run_latency(
     engine: BenchEngine,
-    rows: Sequence[Row],
+    variants: Sequence[Row],
     pool: Sequence[Tool],
     *,
     counts: Sequence[int],
@@ -142,9 +143,9 @@ def launch(
     end.
 
     Raises:
-        DataError: none of the rows has weights, the pool is too small, or `out` can't take the run (see `RunFolder`).
+        DataError: no variant has weights, the pool is too small, or `out` can't take the run (see `RunFolder`).
     """
-    runnable, missing = runnable_rows(engine, rows)
+    runnable, missing = runnable_variants(engine, variants)
     header = {
         "task": {"name": "latency", "tools": ToolRegistry(pool).fingerprint},
         "counts": list(counts),
@@ -156,29 +157,24 @@ def launch(
     }
     names = frozenset(field.name for field in fields(Point))
     folder = RunFolder(out, header, resume=resume, file="points.jsonl", fields=names)
-    complete = False
-    try:
-        with suppress(KeyboardInterrupt):
-            done = {(record["row"], record["tools"]) for record in folder.records}
-            for point in measure(
-                engine,
-                runnable,
-                pool,
-                counts=counts,
-                repeats=repeats,
-                turn_tokens=turn_tokens,
-                done=done,
-                progress=progress,
-            ):
-                folder.add(asdict(point))
-            complete = True
-    finally:
-        folder.close()
+    done = {(record["variant"], record["tools"]) for record in folder.records}
+    with folder.recording() as outcome:
+        for point in measure(
+            engine,
+            runnable,
+            pool,
+            counts=counts,
+            repeats=repeats,
+            turn_tokens=turn_tokens,
+            done=done,
+            progress=progress,
+        ):
+            folder.add(asdict(point))
     results = {
         "command": command,
-        "complete": complete,
+        "complete": outcome.complete,
         **folder.header,
-        "missing_rows": missing,
+        "missing_variants": missing,
         "points": folder.records,
     }
     folder.write_results(results)
@@ -210,18 +206,25 @@ def _write_report(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def latency_table(points: Sequence[Point], turn_tokens: int) -> tuple[list[str], Cells]:
-    """Headings and cells, ordered by row and number of tools."""
-    headings = ["Row", "Tools", "Prompt tokens", "First token, ms", f"Turn of {turn_tokens} tokens, ms", "Set-up, ms"]
+    """Headings and cells, ordered by variant and number of tools."""
+    headings = [
+        "Variant",
+        "Tools",
+        "Prompt tokens",
+        "First token, ms",
+        f"Turn of {turn_tokens} tokens, ms",
+        "Set-up, ms",
+    ]
     cells = [
         [
-            point.row,
+            point.variant,
             str(point.tools),
             f"{point.prompt_tokens:.0f}",
             f"{point.first_token_ms:.0f}",
             f"{point.turn_ms:.0f}",
             f"{point.setup_ms:.0f}" if point.setup_ms is not None else "-",
         ]
-        for point in sorted(points, key=lambda point: (point.row, point.tools))
+        for point in sorted(points, key=lambda point: (point.variant, point.tools))
     ]
     return headings, cells
 
@@ -232,7 +235,7 @@ def draw(points: Sequence[Point], turn_tokens: int, folder: Path) -> list[Path]:
     for key, label in (("first_token_ms", "ms to the first token"), ("turn_ms", f"ms for {turn_tokens} tokens")):
         series: dict[str, list[tuple[int, float]]] = {}
         for point in points:
-            series.setdefault(point.row, []).append((point.tools, getattr(point, key)))
+            series.setdefault(point.variant, []).append((point.tools, getattr(point, key)))
         path = plots.latency_lines(series, label, "Latency against the number of tools", folder / f"latency_{key}.png")
         drawn += [path] if path else []
     return drawn

@@ -1,4 +1,4 @@
-"""A benchmark run from end to end: the rows that can run, the live table, the files, and what an interrupt leaves.
+"""A benchmark run from end to end: the variants that can run, the live table, the files, and what an interrupt leaves.
 
 Brings the other parts together and decides nothing of its own: samples come from a `Task`, models from an engine.
 """
@@ -6,7 +6,6 @@ Brings the other parts together and decides nothing of its own: samples come fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from loragen_agents.bench import report
 from loragen_agents.bench.display import LiveTable
 from loragen_agents.bench.results import RunFolder, results_document, summarize
 from loragen_agents.bench.rows import Row, check_rows
-from loragen_agents.bench.runner import Engine, run_rows
+from loragen_agents.bench.runner import Engine, run_variants
 from loragen_agents.bench.tasks import Task
 from loragen_agents.errors import DataError
 
@@ -22,42 +21,42 @@ from loragen_agents.errors import DataError
 class BenchEngine(Engine, Protocol):
     """An engine that also says what it would run."""
 
-    def missing(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Row -> what to do, for rows whose weights are not there."""
+    def missing(self, variants: Sequence[Row]) -> dict[str, str]:
+        """Variant -> what to do, for variants whose weights are not there."""
 
-    def describe(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def describe(self, variants: Sequence[Row]) -> dict[str, Any]:
         """Models, weights and decoding settings: everything of the engine's that decides scores."""
 
-    def shape(self, row: Row) -> tuple[int, int]:
-        """Bytes of the row's weights, and of its KV cache a token."""
+    def shape(self, variant: Row) -> tuple[int, int]:
+        """Bytes of the variant's weights, and of its KV cache a token."""
 
     def output_tokens(self, texts: Sequence[str]) -> list[int]:
         """Lengths of continuations in tokens."""
 
 
-def runnable_rows(engine: BenchEngine, rows: Sequence[Row]) -> tuple[list[Row], dict[str, str]]:
-    """The rows that have their weights, and what to do for the others, by name.
+def runnable_variants(engine: BenchEngine, variants: Sequence[Row]) -> tuple[list[Row], dict[str, str]]:
+    """The variants that have their weights, and what to do for the others, by name.
 
     Raises:
         DataError: none has.
     """
-    missing = engine.missing(rows)
-    runnable = [row for row in rows if row.name not in missing]
+    missing = engine.missing(variants)
+    runnable = [variant for variant in variants if variant.name not in missing]
     if not runnable:
-        raise DataError(f"No row can run: {'; '.join(f'{name}: {how}' for name, how in missing.items())}.")
+        raise DataError(f"No variant can run: {'; '.join(f'{name}: {how}' for name, how in missing.items())}.")
     return runnable, missing
 
 
-def launch(
-    task: Task, rows: Sequence[Row], engine: BenchEngine, *, out: Path | None, resume: bool, command: str
+def run_task(
+    task: Task, variants: Sequence[Row], engine: BenchEngine, *, out: Path | None, resume: bool, command: str
 ) -> dict[str, Any]:
     """Run what can be run and give the results document; after Ctrl-C it holds what was scored until then.
 
     Raises:
-        DataError: a row can't do what the task asks for, none has weights, or `out` can't take the run (`RunFolder`).
+        DataError: a variant can't do what the task asks for, none has weights, or `out` can't take the run.
     """
-    check_rows(rows, choice_only=task.choice_only)
-    runnable, missing = runnable_rows(engine, rows)
+    check_rows(variants, choice_only=task.choice_only)
+    runnable, missing = runnable_variants(engine, variants)
     lengths = sorted(engine.output_tokens([sample.gold for sample in task.samples]))
     header = {
         "task": {
@@ -69,33 +68,22 @@ def launch(
             "settings": dict(task.settings),
         },
         **engine.describe(runnable),
-        # Rows are compared at the median length of what they should have written.
+        # Variants are compared at the median length of what they should have written.
         "equal_tokens": lengths[len(lengths) // 2],
     }
     folder = RunFolder(out, header, resume=resume)
-    complete = False
-    try:
-        table = LiveTable(
-            task.title,
-            task.metrics,
-            [row.name for row in rows],
-            missing,
-            folder.records,
-            total=len(runnable) * len(task.samples),
-        )
-        with table, suppress(KeyboardInterrupt):
-            run_rows(task, runnable, engine, folder, table)
-            complete = True
-    finally:
-        folder.close()
+    names, total = [variant.name for variant in variants], len(runnable) * len(task.samples)
+    table = LiveTable(task.title, task.metrics, names, missing, folder.records, total=total)
+    with folder.recording() as outcome, table:
+        run_variants(task, runnable, engine, folder, table)
     summary = summarize(
-        [(row.name, row.title) for row in runnable],
+        [(variant.name, variant.title) for variant in runnable],
         folder.records,
         list(task.metrics),
-        {row.name: engine.shape(row) for row in runnable},
+        {variant.name: engine.shape(variant) for variant in runnable},
         header["equal_tokens"],
     )
-    results = results_document(folder.header, summary, missing=missing, complete=complete, command=command)
+    results = results_document(folder.header, summary, missing=missing, complete=outcome.complete, command=command)
     folder.write_results(results)
     if out is not None:
         report.write_report(out, results)

@@ -18,15 +18,19 @@ def hint() -> str | None:
 
 
 def quality_bars(results: Mapping[str, Any], path: Path) -> Path | None:
-    """Bars of every metric per row, with their intervals; None without matplotlib or without rows."""
-    rows = results["rows"]
-    if hint() or not rows:
+    """Bars of every metric per variant, with their intervals; None without matplotlib or without variants."""
+    variants = results["variants"]
+    if hint() or not variants:
         return None
     metrics: Mapping[str, str] = results["task"]["metrics"]
-    figure, axes = _figure(max(7.0, 1.1 + 1.3 * len(rows)), 4.2)
+    figure, axes = _figure(max(7.0, 1.1 + 1.3 * len(variants)), 4.2)
     width = 0.8 / len(metrics)
     for number, (metric, heading) in enumerate(metrics.items()):
-        found = [(place, row["metrics"][metric]) for place, row in enumerate(rows.values()) if metric in row["metrics"]]
+        found = [
+            (place, variant["metrics"][metric])
+            for place, variant in enumerate(variants.values())
+            if metric in variant["metrics"]
+        ]
         if not found:
             continue
         values = [100 * mean["value"] for _, mean in found]
@@ -37,7 +41,7 @@ def quality_bars(results: Mapping[str, Any], path: Path) -> Path | None:
         places = [place - 0.4 + width * (number + 0.5) for place, _ in found]
         colour = _COLOURS[number % len(_COLOURS)]
         axes.bar(places, values, width, label=heading, color=colour, yerr=spread, error_kw={"lw": 0.7})
-    axes.set_xticks(range(len(rows)), [name.replace("+", "\n+ ") for name in rows], fontsize=8)
+    axes.set_xticks(range(len(variants)), [name.replace("+", "\n+ ") for name in variants], fontsize=8)
     axes.set_ylim(0, 105)
     axes.set_ylabel("%")
     axes.set_title(results["task"]["title"], fontsize=10)

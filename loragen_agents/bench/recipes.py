@@ -1,4 +1,4 @@
-"""Where the weights of each row are by default, and the command that makes them."""
+"""Where the weights of each variant are by default, and the command that makes them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def weights_of_task(task: str, given: Sequence[str] = ()) -> dict[str, Weights]:
     found["lora-gen"] = _DEFAULT_CHECKPOINT
     for text in given:
         base, equals, folder = text.partition("=")
-        takers = [name for name, row in BASES.items() if row.source in ("peft", "generator")]
+        takers = [name for name, base in BASES.items() if base.source in ("peft", "generator")]
         if not equals or base not in takers or not folder:
-            raise DataError(f"--weights {text!r}: expected ROW=FOLDER with a row of {', '.join(takers)}.")
+            raise DataError(f"--weights {text!r}: expected VARIANT=FOLDER with a variant of {', '.join(takers)}.")
         if folder != "default" and not Path(folder).is_dir():
             raise DataError(f"--weights {text!r}: there is no folder {folder}.")
         found[base] = Weights(folder)

@@ -26,25 +26,25 @@ _FULL_ONLY = (_KV, _PEAK, _TURN)
 
 
 def quality_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
-    """Headings and cells of the scores, in percent, each with its 95% interval; rows without weights name a command."""
+    """Headings and cells of the scores, in percent, each with its 95% interval."""
     metrics: Mapping[str, str] = results["task"]["metrics"]
-    headings = ["Row", *metrics.values(), "n"]
+    headings = [results["task"].get("variants", "Variant"), *metrics.values(), "n"]
     cells = []
-    for name, row in results["rows"].items():
-        values = [_percent(row["metrics"].get(metric)) for metric in metrics]
-        cells.append([f"{row['title']} ({name})", *values, str(row["scored"])])
+    for name, variant in results["variants"].items():
+        values = [_percent(variant["metrics"].get(metric)) for metric in metrics]
+        cells.append([f"{variant['title']} ({name})", *values, str(variant["scored"])])
     return headings, cells
 
 
 def group_table(results: Mapping[str, Any], key: str) -> tuple[list[str], Cells] | None:
     """The same by `source` or `kind`, without intervals, and the mean over the groups; None where there is one only."""
     metrics: Mapping[str, str] = results["task"]["metrics"]
-    groups = sorted({group for row in results["rows"].values() for group in row[f"by_{key}"]})
+    groups = sorted({group for variant in results["variants"].values() for group in variant[f"by_{key}"]})
     if len(groups) < 2:
         return None
     cells = []
-    for name, row in results["rows"].items():
-        found = row[f"by_{key}"]
+    for name, variant in results["variants"].items():
+        found = variant[f"by_{key}"]
         for group in groups:
             if group in found:
                 values = [found[group].get(metric) for metric in metrics]
@@ -54,14 +54,14 @@ def group_table(results: Mapping[str, Any], key: str) -> tuple[list[str], Cells]
             values = [found[group][metric]["value"] for group in found if metric in found[group]]
             averages.append(f"{100 * sum(values) / len(values):.1f}" if values else _NOTHING)
         cells.append([name, "mean of these", *averages])
-    return ["Row", key.capitalize(), *metrics.values()], cells
+    return ["Variant", key.capitalize(), *metrics.values()], cells
 
 
 def cost_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
     """Headings and cells of the costs."""
     equal = results["equal_tokens"]
     headings = [
-        "Row",
+        "Variant",
         "Prompt tokens",
         "Ratio",
         "First token, ms (p95)",
@@ -75,8 +75,8 @@ def cost_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
         "… against cached",
     ]
     cells = []
-    for name, row in results["rows"].items():
-        cost = row["cost"]
+    for name, variant in results["variants"].items():
+        cost = variant["cost"]
         if cost is None:
             continue
         cells.append(
@@ -102,7 +102,7 @@ def render(results: Mapping[str, Any]) -> RenderableType:
     """A run's tables for the terminal: scores, and of the costs what fits beside them."""
     title = visible(results["task"]["title"])
     headings, cells = quality_table(results)
-    names = list(results["rows"])
+    names = list(results["variants"])
     parts: list[RenderableType] = [
         text_table(
             f"{title}, % with 95% intervals", headings, [[n, *row[1:]] for n, row in zip(names, cells, strict=True)]
@@ -117,14 +117,16 @@ def render(results: Mapping[str, Any]) -> RenderableType:
             "Cost", [headings[place] for place in brief], [[row[place] for place in brief] for row in cells]
         )
         parts.append(table)
-    parts += [Text(visible(f"{name}: {row['title']}"), style="dim") for name, row in results["rows"].items()]
+    parts += [
+        Text(visible(f"{name}: {variant['title']}"), style="dim") for name, variant in results["variants"].items()
+    ]
     parts += [Text(visible(line)) for line in missing_lines(results)]
     return Group(*parts)
 
 
 def missing_lines(results: Mapping[str, Any]) -> list[str]:
-    """A line for each row that was asked for and has no weights yet."""
-    return [f"{name}: no weights yet; {how}" for name, how in results["missing_rows"].items()]
+    """A line for each variant that was asked for and has no weights yet."""
+    return [f"{name}: no weights yet; {how}" for name, how in results["missing_variants"].items()]
 
 
 def markdown(results: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
@@ -147,7 +149,7 @@ def markdown(results: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
     ]
     for line in missing_lines(results):
         lines.append(f"- {line}")
-    if results["missing_rows"]:
+    if results["missing_variants"]:
         lines.append("")
     for key in ("source", "kind"):
         if table := group_table(results, key):
@@ -166,7 +168,7 @@ def _cost_lines(results: Mapping[str, Any]) -> list[str]:
         "",
         *markdown_table(headings, cells),
         f"A turn of {results['equal_tokens']} tokens: median time to the first token and {results['equal_tokens'] - 1} "
-        "times the median time of a further one; rows write texts of different lengths, this compares them at one. "
+        "times the median time of a further one; variants write texts of different lengths, this compares them at one. "
         "Set-up is specialising, or reading the prefix into the cache. Break-even: turns after which specialising has "
         "paid for itself against the definitions in the prompt, plain and with a cached prefix. Peak memory is the "
         "weights and the most that a turn added.",

@@ -11,22 +11,30 @@ import math
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from loragen_agents.bench.costs import RowCost, TurnCost, break_even_turns, row_cost
+from loragen_agents.bench.costs import TurnCost, VariantCost, break_even_turns, variant_cost
 from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE
 from loragen_agents.bench.statistics import Mean, means
 from loragen_agents.errors import DataError
 from loragen_agents.support.files import replacing
 
 Record = dict[str, Any]
-_FORMAT = 1
-_FIELDS = frozenset({"row", "id", "scores", "cost"})
+_FORMAT = 2
+_FIELDS = frozenset({"variant", "id", "scores", "cost"})
 _PACKAGES = ("loragen-agents", "torch", "transformers", "peft", "llguidance", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass
+class Outcome:
+    """Whether a run came to its end; False after Ctrl-C."""
+
+    complete: bool = False
 
 
 class RunFolder:
@@ -94,8 +102,8 @@ class RunFolder:
 
     @property
     def done(self) -> set[tuple[str, str]]:
-        """(row, sample id) of all records."""
-        return {(record["row"], record["id"]) for record in self.records}
+        """(variant, sample id) of all records."""
+        return {(record["variant"], record["id"]) for record in self.records}
 
     def add(self, record: Record) -> None:
         """Keep a record; on disk at once, so that a kill loses nothing that was scored."""
@@ -103,6 +111,17 @@ class RunFolder:
         if self._file is not None:
             self._file.write(_line(record))
             self._file.flush()
+
+    @contextmanager
+    def recording(self) -> Iterator[Outcome]:
+        """Run the measurements within. Ctrl-C ends them early and leaves every record that was added."""
+        outcome = Outcome()
+        try:
+            with suppress(KeyboardInterrupt):
+                yield outcome
+                outcome.complete = True
+        finally:
+            self.close()
 
     def close(self) -> None:
         if self._file is not None:
@@ -122,7 +141,7 @@ def read_records(path: Path, *, cut_off: bool = False, fields: frozenset[str] = 
     fields: what every record must have.
 
     Raises:
-        DataError: the file is missing or a row is damaged; the message names it.
+        DataError: the file is missing or a line is damaged; the message names it.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -140,7 +159,7 @@ def read_records(path: Path, *, cut_off: bool = False, fields: frozenset[str] = 
             if not isinstance(record, dict) or not fields <= record.keys():
                 raise ValueError(f"expected an object with {', '.join(sorted(fields))}")
         except ValueError as error:
-            raise DataError(f"{path}, row {number}, is damaged: {error}.") from error
+            raise DataError(f"{path}, line {number}, is damaged: {error}.") from error
         records.append(record)
     return records
 
@@ -162,26 +181,26 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def summarize(
-    rows: Sequence[tuple[str, str]],
+    variants: Sequence[tuple[str, str]],
     records: Iterable[Record],
     metrics: Sequence[str],
     shapes: Mapping[str, tuple[int, int]],
     equal_tokens: int,
 ) -> dict[str, dict[str, Any]]:
-    """Means with intervals and costs of every row that has records, in the order of `rows`.
+    """Means with intervals and costs of every variant that has records, in the order of `variants`.
 
     Args:
-        rows: (name, title).
-        shapes: row -> (bytes of its weights, bytes of its KV cache a token).
-        equal_tokens: output length at which turns are compared; see `RowCost`.
+        variants: (name, title).
+        shapes: variant -> (bytes of its weights, bytes of its KV cache a token).
+        equal_tokens: output length at which turns are compared; see `VariantCost`.
     """
-    by_row: dict[str, list[Record]] = defaultdict(list)
+    by_variant: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_row[record["row"]].append(record)
-    costs = _costs(by_row, shapes, equal_tokens)
+        by_variant[record["variant"]].append(record)
+    costs = _costs(by_variant, shapes, equal_tokens)
     summary: dict[str, dict[str, Any]] = {}
-    for name, title in rows:
-        found = by_row.get(name)
+    for name, title in variants:
+        found = by_variant.get(name)
         if not found:
             continue
         groups = {
@@ -211,15 +230,15 @@ def _means(records: Sequence[Record], metrics: Sequence[str]) -> dict[str, Mean]
 
 
 def _costs(
-    by_row: Mapping[str, Sequence[Record]], shapes: Mapping[str, tuple[int, int]], equal_tokens: int
-) -> dict[str, RowCost | None]:
-    turns = {name: [TurnCost(**record["cost"]) for record in found] for name, found in by_row.items()}
+    by_variant: Mapping[str, Sequence[Record]], shapes: Mapping[str, tuple[int, int]], equal_tokens: int
+) -> dict[str, VariantCost | None]:
+    turns = {name: [TurnCost(**record["cost"]) for record in found] for name, found in by_variant.items()}
     reference = None
     if REFERENCE in turns:
         lengths = sorted(turn.prompt_tokens for turn in turns[REFERENCE])
         reference = float(lengths[len(lengths) // 2])
     costs = {
-        name: row_cost(
+        name: variant_cost(
             turns[name],
             [record["setup_seconds"] for record in found if record.get("setup_seconds") is not None],
             model_bytes=shapes[name][0],
@@ -227,7 +246,7 @@ def _costs(
             equal_tokens=equal_tokens,
             reference_prompt_tokens=reference,
         )
-        for name, found in by_row.items()
+        for name, found in by_variant.items()
     }
     plain, cached = costs.get(REFERENCE), costs.get(CACHED_REFERENCE)
     for name, cost in costs.items():
@@ -252,8 +271,8 @@ def results_document(
         **header,
         "versions": library_versions(),
         "machine": machine(),
-        "missing_rows": dict(missing),
-        "rows": _plain(summary),
+        "missing_variants": dict(missing),
+        "variants": _plain(summary),
     }
 
 

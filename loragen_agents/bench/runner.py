@@ -1,6 +1,6 @@
-"""The run itself: every row on every sample, block by block, with a record kept for each.
+"""The run itself: every variant on every sample, block by block, with a record kept for each.
 
-Rows take turns on the same block of samples, so that a run that is stopped early compares all rows on the same samples,
+Variants take turns on the same block of samples, so that a run that is stopped early compares them on the same samples,
 and a machine that slows down slows all of them down. Knows nothing of models (an `Engine` runs them), files (a
 `RunFolder` keeps them) or the terminal (`progress` is told).
 """
@@ -23,9 +23,9 @@ _TOOLS_KEPT = 5
 
 
 class Session(Protocol):
-    """A row that is ready for one registry.
+    """A variant that is ready for one registry.
 
-    setup_seconds: what getting ready took; None for rows that have nothing to get ready, and once it is recorded.
+    setup_seconds: what getting ready took; None for variants that have nothing to get ready, and once it is recorded.
     """
 
     setup_seconds: float | None
@@ -38,29 +38,29 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """Runs rows. `open` may return a session that is still there from the last block."""
+    """Runs variants. `open` may return a session that is still there from the last block."""
 
-    def open(self, row: Row, registry: ToolRegistry, system_text: str) -> Session: ...
+    def open(self, variant: Row, registry: ToolRegistry, system_text: str) -> Session: ...
 
 
-def run_rows(
-    task: Task, rows: Sequence[Row], engine: Engine, folder: RunFolder, progress: Callable[[Record], None]
+def run_variants(
+    task: Task, variants: Sequence[Row], engine: Engine, folder: RunFolder, progress: Callable[[Record], None]
 ) -> None:
     """Score what is not in `folder` yet. An interrupt leaves every finished record there."""
     done = folder.done
     for block in task.blocks():
-        for row in rows:
-            pending = [sample for sample in block if (row.name, sample.id) not in done]
+        for variant in variants:
+            pending = [sample for sample in block if (variant.name, sample.id) not in done]
             if not pending:
                 continue
-            session = engine.open(row, block[0].registry, block[0].system_text)
+            session = engine.open(variant, block[0].registry, block[0].system_text)
             for sample in pending:
                 if task.choice_only:
                     written = session.choose(sample.turns)
                     steps = [_step(written, sample)]
                 else:
                     written, steps = _write(session, sample)
-                record = _record(task, row, sample, written, steps)
+                record = _record(task, variant, sample, written, steps)
                 # Once a session: a registry that serves several blocks was set up for all of them.
                 record["setup_seconds"] = session.setup_seconds
                 session.setup_seconds = None
@@ -69,7 +69,7 @@ def run_rows(
 
 
 def _write(session: Session, sample: BenchSample) -> tuple[Written, list[Step]]:
-    """What the row writes; where several steps are due, one after the other, with the gold observation after each.
+    """What the variant writes; where several steps are due, one after the other, with the gold observation after each.
 
     Calls may come in another order than the gold ones: a call is followed by what its own tool reports. The cost is the
     first step's: a turn is one call of the model.
@@ -95,10 +95,10 @@ def _step(written: Written, sample: BenchSample) -> Step:
     return parse_step(written.text, sample.registry, cut_off=written.finish == "length")
 
 
-def _record(task: Task, row: Row, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Record:
+def _record(task: Task, variant: Row, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Record:
     likeliest = sorted((written.tools or {}).items(), key=lambda item: -item[1])[:_TOOLS_KEPT]
     return {
-        "row": row.name,
+        "variant": variant.name,
         "id": sample.id,
         "source": sample.source,
         "kind": sample.kind,

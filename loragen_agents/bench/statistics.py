@@ -1,6 +1,6 @@
 """Means with bootstrap intervals, paired differences, and the quantiles of timings.
 
-Numbers in, numbers out: knows nothing of rows, samples or files. Every resampling is seeded, so equal scores give
+Numbers in, numbers out: knows nothing of variants, samples or files. Every resampling is seeded, so equal scores give
 equal intervals.
 """
 

@@ -1,7 +1,7 @@
 """What is asked and how an answer is judged: samples with their registry and gold continuation, in blocks.
 
-A `Task` is a list of samples and a score. Samples that share a registry stand together, so that a row specialises once
-for each. Knows nothing of rows, models or timing; `gpt4tools_task` and `calls` make tasks.
+A `Task` is a list of samples and a score. Samples that share a registry stand together, so that a variant specialises
+once for each. Knows nothing of variants, models or timing; `gpt4tools_task` and `calls` make tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loragen_agents.conversation.react import Answer, Step, ToolStep
 from loragen_agents.data.episodes import GoldCall
 from loragen_agents.registry import ToolRegistry
 
-# A block is what one row works on before the next row has its turn.
+# A block is what one variant works on before the next variant has its turn.
 BLOCK = 8
 
 
@@ -79,7 +79,7 @@ class Task:
     Attributes:
         name: the command's word for it; `title` is for people.
         metrics: metric -> heading, in the order of the table. Every score's keys are among them.
-        headline: the metric that rows are ranked by in words.
+        headline: the metric that variants are ranked by in words.
         settings: what the samples were drawn by; goes into the result and is compared on resume.
         choice_only: whether only the choice of a tool is asked for, which takes no decoding.
     """
@@ -98,8 +98,8 @@ class Task:
         """SHA-256 over all samples, registries included."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            row = [sample.id, sample.registry.fingerprint, sample.system_text, repr(sample.turns), sample.gold]
-            digest.update(json.dumps(row).encode())
+            content = [sample.id, sample.registry.fingerprint, sample.system_text, repr(sample.turns), sample.gold]
+            digest.update(json.dumps(content).encode())
         return digest.hexdigest()
 
     def blocks(self) -> Iterator[list[BenchSample]]:

@@ -15,7 +15,7 @@ ROWS = "definitions,definitions+cached,bare,bare+grammar,lora-gen,lora-gen+gramm
 
 
 def run(out: Path) -> dict[str, Any]:
-    command = ["bench", "gpt4tools", "--registry", "all", "--limit", "2", "--max-tokens", "12", "--rows", ROWS]
+    command = ["bench", "gpt4tools", "--registry", "all", "--limit", "2", "--max-tokens", "12", "--variants", ROWS]
     assert main([*command, "--json", "--out", str(out)]) == 0
     return dict(json.loads((out / "results.json").read_text(encoding="utf-8")))
 
@@ -24,18 +24,18 @@ def test_the_same_command_gives_the_same_scores_and_the_paper_s_compression(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = run(tmp_path / "one"), run(tmp_path / "two")
-    assert {name: row["metrics"] for name, row in one["rows"].items()} == {
-        name: row["metrics"] for name, row in two["rows"].items()
+    assert {name: row["metrics"] for name, row in one["variants"].items()} == {
+        name: row["metrics"] for name, row in two["variants"].items()
     }
     texts = [
         [
-            (record["row"], record["id"], record["generated"])
+            (record["variant"], record["id"], record["generated"])
             for record in read_records(tmp_path / name / "predictions.jsonl")
         ]
         for name in ("one", "two")
     ]
     assert texts[0] == texts[1]
-    rows = one["rows"]
+    rows = one["variants"]
     # 29 tools: the user turn alone is at most a tenth of the prompt with definitions.
     assert rows["bare"]["cost"]["compression"] >= 10
     for name in rows.keys() - {"definitions", "definitions+cached"}:
@@ -47,4 +47,4 @@ def test_the_same_command_gives_the_same_scores_and_the_paper_s_compression(
 
 
 def grammar_records(folder: Path) -> list[dict[str, Any]]:
-    return [r for r in read_records(folder / "one" / "predictions.jsonl") if r["row"].endswith("+grammar")]
+    return [r for r in read_records(folder / "one" / "predictions.jsonl") if r["variant"].endswith("+grammar")]

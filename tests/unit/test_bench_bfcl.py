@@ -155,10 +155,10 @@ def test_a_run_writes_bfcl_s_files_and_goes_on(tmp_path: Path) -> None:
             return super()._generate(*arguments, **settings)
 
     first = run(Stopped(colours=["red"], seen=[], tools=[]), False)
-    assert not first["complete"] and first["rows"]["multiple"]["scored"] == 1
+    assert not first["complete"] and first["variants"]["multiple"]["scored"] == 1
     second = run(scripted("red"), True)
-    assert second["complete"] and second["rows"]["multiple"]["metrics"]["valid"]["value"] == 0.5
-    assert read_results(tmp_path)["rows"]["live_irrelevance"]["metrics"]["valid"]["value"] == 0.0
+    assert second["complete"] and second["variants"]["multiple"]["metrics"]["valid"]["value"] == 0.5
+    assert read_results(tmp_path)["variants"]["live_irrelevance"]["metrics"]["valid"]["value"] == 0.0
     result = tmp_path / "result/loragen-agents/non_live/BFCL_v4_multiple_result.json"
     rows = [json.loads(line) for line in result.read_text().splitlines()]
     assert [row["id"] for row in rows] == ["multiple_0", "multiple_1"]

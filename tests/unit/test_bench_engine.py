@@ -13,11 +13,11 @@ from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.bench import embedding
 from loragen_agents.bench.engine import ModelEngine, ModelSession
 from loragen_agents.bench.gpt4tools_task import mini_task
-from loragen_agents.bench.launch import launch
+from loragen_agents.bench.launch import run_task
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.results import RunFolder
 from loragen_agents.bench.rows import check_rows, row_from_name, rows_from_names
-from loragen_agents.bench.runner import run_rows
+from loragen_agents.bench.runner import run_variants
 from loragen_agents.cli import main
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import InvalidStep, parse_step
@@ -195,12 +195,16 @@ def test_the_match_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path)
 def test_rows_without_weights_name_their_command(engine: ModelEngine) -> None:
     missing = engine.missing(rows_from_names(ROWS.split(",")))
     assert list(missing) == ["lora-gen-trained"] and "loragen-agents train" in missing["lora-gen-trained"]
-    with pytest.raises(DataError, match="No row can run"):
-        launch(mini_task(limit=1), [row_from_name("lora-gen-trained")], engine, out=None, resume=False, command="")
+    with pytest.raises(DataError, match="No variant can run"):
+        run_task(mini_task(limit=1), [row_from_name("lora-gen-trained")], engine, out=None, resume=False, command="")
 
 
 def test_given_weights_are_checked(tmp_path: Path) -> None:
-    for text, message in (("bare=x", "expected ROW=FOLDER"), ("lora", "expected ROW"), ("lora=nowhere", "no folder")):
+    for text, message in (
+        ("bare=x", "expected VARIANT=FOLDER"),
+        ("lora", "expected VARIANT"),
+        ("lora=nowhere", "no folder"),
+    ):
         with pytest.raises(DataError, match=message):
             weights_of_task("gpt4tools", [text])
     assert weights_of_task("calls", [f"lora={tmp_path}"])["lora"].location == str(tmp_path)
@@ -210,8 +214,8 @@ def test_same_engine_same_scores(engine: ModelEngine) -> None:
     task, rows = mini_task(limit=4), rows_from_names(["definitions", "lora-gen+grammar"])
     folders = [RunFolder(None, {}), RunFolder(None, {})]
     for folder in folders:
-        run_rows(task, rows, engine, folder, lambda record: None)
-    one, two = ([(r["row"], r["generated"], r["scores"]) for r in folder.records] for folder in folders)
+        run_variants(task, rows, engine, folder, lambda record: None)
+    one, two = ([(r["variant"], r["generated"], r["scores"]) for r in folder.records] for folder in folders)
     assert one == two
 
 
@@ -222,7 +226,7 @@ def test_the_command_from_end_to_end(
     common += [
         "--weights",
         f"lora-gen={folders['generator']}",
-        "--rows",
+        "--variants",
         "definitions,definitions+cached,lora-gen,lora",
     ]
     out = tmp_path / "run"
@@ -230,19 +234,25 @@ def test_the_command_from_end_to_end(
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
     saved = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert printed == saved
-    assert list(saved["rows"]) == ["definitions", "definitions+cached", "lora-gen"] and "lora" in saved["missing_rows"]
-    assert saved["rows"]["lora-gen"]["cost"]["compression"] > 5
-    assert saved["rows"]["lora-gen"]["cost"]["break_even_turns"] is not None
+    assert (
+        list(saved["variants"]) == ["definitions", "definitions+cached", "lora-gen"]
+        and "lora" in saved["missing_variants"]
+    )
+    assert saved["variants"]["lora-gen"]["cost"]["compression"] > 5
+    assert saved["variants"]["lora-gen"]["cost"]["break_even_turns"] is not None
     assert saved["weights"]["lora-gen"]["fingerprint"] and saved["models"]["edge"]["fingerprint"]
     assert len((out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 9
     # A second run into the same folder is refused, resuming a finished one changes nothing.
     assert main(["bench", "gpt4tools", "--limit", "3", "--out", str(out), *common]) == 1
     assert main(["bench", "gpt4tools", "--limit", "3", "--out", str(out), "--resume", "--json", *common]) == 0
     again = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert again["rows"] == saved["rows"]
+    assert again["variants"] == saved["variants"]
     capsys.readouterr()
     assert (
-        main(["bench", "compare", str(out), str(out), "--row-a", "definitions", "--row-b", "lora-gen", "--json"]) == 0
+        main(
+            ["bench", "compare", str(out), str(out), "--variant-a", "definitions", "--variant-b", "lora-gen", "--json"]
+        )
+        == 0
     )
     assert json.loads(capsys.readouterr().out)[0]["samples"] == 3
 
@@ -252,7 +262,7 @@ def test_latency_command(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     command += ["--edge", str(folders["edge"]), "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]
     assert main([*command, "--weights", f"lora-gen={folders['generator']}"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
-    tokens = {(point["row"], point["tools"]): point["prompt_tokens"] for point in points}
+    tokens = {(point["variant"], point["tools"]): point["prompt_tokens"] for point in points}
     rows = ("lora-gen+match", "lora-gen", "definitions", "definitions+cached")
     assert set(tokens) == {(row, count) for row in rows for count in (1, 4)}
     for row in rows[:2]:  # the user turn does not grow with the registry
@@ -281,15 +291,15 @@ def test_the_calls_command_on_whole_applications(
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     command = ["bench", "calls", "--tools", str(tmp_path / "tools.jsonl"), "--calls", str(tmp_path / "calls.jsonl")]
     common = ["--edge", str(folders["edge"]), "--weights", f"lora-gen={folders['generator']}", "--json"]
-    whole = [*command, "--registry", "whole", "--requests", "6", "--choice-only", "--rows", "lora-gen+choice"]
+    whole = [*command, "--registry", "whole", "--requests", "6", "--choice-only", "--variants", "lora-gen+choice"]
     assert main([*whole, *common, "--out", str(tmp_path / "run")]) == 0
-    row = json.loads(capsys.readouterr().out)["rows"]["lora-gen+choice"]
+    row = json.loads(capsys.readouterr().out)["variants"]["lora-gen+choice"]
     assert row["scored"] == 6 and set(row["metrics"]) == {"tool", "best", "called"}
     assert main([*whole, *common, "--out", str(tmp_path / "run"), "--resume"]) == 0
     capsys.readouterr()
     single = [*command, "--registry", "part", "--size", "1", "--requests", "6", "--irrelevant", "0.5"]
-    assert main([*single, "--rows", "lora-gen+choice", "--max-tokens", "8", *common]) == 0
-    row = json.loads(capsys.readouterr().out)["rows"]["lora-gen+choice"]
+    assert main([*single, "--variants", "lora-gen+choice", "--max-tokens", "8", *common]) == 0
+    row = json.loads(capsys.readouterr().out)["variants"]["lora-gen+choice"]
     assert row["metrics"]["called"]["n"] == row["metrics"]["no_call"]["n"] == 3
-    assert main([*command, "--steps", "2", "--rows", "lora-gen", *common]) == 1
+    assert main([*command, "--steps", "2", "--variants", "lora-gen", *common]) == 1
     assert "need --registry whole, part or mixed" in capsys.readouterr().out

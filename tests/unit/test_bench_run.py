@@ -13,15 +13,15 @@ import torch
 from loragen_agents.bench import plots
 from loragen_agents.bench.call_scores import CHOICE_METRICS, METRICS, score_call, score_choice
 from loragen_agents.bench.compare import compare, comparison_table
-from loragen_agents.bench.costs import PeakMemory, TurnCost, break_even_turns, kv_cache_bytes, model_bytes, row_cost
+from loragen_agents.bench.costs import PeakMemory, TurnCost, break_even_turns, kv_cache_bytes, model_bytes, variant_cost
 from loragen_agents.bench.display import LiveTable
 from loragen_agents.bench.gpt4tools_task import mini_task, score_sample
 from loragen_agents.bench.latency import draw, latency_table, measure, tool_pool
-from loragen_agents.bench.latency import launch as launch_latency
+from loragen_agents.bench.latency import run_latency as launch_latency
 from loragen_agents.bench.report import markdown, render, write_report
 from loragen_agents.bench.results import RunFolder, read_records, read_results, results_document, summarize
 from loragen_agents.bench.rows import DEFAULT_ROWS, Row, row_from_name, rows_from_names
-from loragen_agents.bench.runner import run_rows
+from loragen_agents.bench.runner import run_variants
 from loragen_agents.bench.tasks import BLOCK, BenchSample, Task, Written
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.data.episodes import GoldCall
@@ -82,7 +82,7 @@ def run(task: Task, folder: RunFolder, rows: Sequence[Row], stop_after: int | No
     engine = FakeEngine(task, stop_after)
     seen: list[Any] = []
     try:
-        run_rows(task, rows, engine, folder, seen.append)
+        run_variants(task, rows, engine, folder, seen.append)
         complete = True
     except KeyboardInterrupt:
         complete = False
@@ -116,11 +116,13 @@ ROWS = rows_from_names(["definitions", "lora-gen"])
 def test_every_row_scores_every_sample(task: Task, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, header(task))
     results = run(task, folder, ROWS)
-    assert [record["row"] for record in folder.records[: 2 * BLOCK]] == ["definitions"] * BLOCK + ["lora-gen"] * BLOCK
-    assert results["rows"]["lora-gen"]["metrics"]["average"]["value"] == pytest.approx(1, abs=1e-6)
+    assert [record["variant"] for record in folder.records[: 2 * BLOCK]] == ["definitions"] * BLOCK + [
+        "lora-gen"
+    ] * BLOCK
+    assert results["variants"]["lora-gen"]["metrics"]["average"]["value"] == pytest.approx(1, abs=1e-6)
     no_tool_due = sum("Action:" not in sample.gold for sample in task.samples) / 20
-    assert results["rows"]["definitions"]["metrics"]["success"]["value"] == pytest.approx(no_tool_due)
-    cost = results["rows"]["lora-gen"]["cost"]
+    assert results["variants"]["definitions"]["metrics"]["success"]["value"] == pytest.approx(no_tool_due)
+    cost = results["variants"]["lora-gen"]["cost"]
     assert cost["compression"] == pytest.approx(810 / 10)
     assert cost["tokens_per_second"] == pytest.approx(100)
     assert cost["equal_turn_ms"] == pytest.approx(10 + 19 * 10)
@@ -148,7 +150,7 @@ def test_due_steps_are_written_one_after_the_other(tmp_path: Path) -> None:
 
     engine.answers["bare"] = write
     folder = RunFolder(None, header(several))
-    run_rows(several, rows_from_names(["bare", "lora-gen"]), engine, folder, lambda record: None)
+    run_variants(several, rows_from_names(["bare", "lora-gen"]), engine, folder, lambda record: None)
     assert [record["scores"]["success"] for record in folder.records] == [1.0, 0.0]
     assert engine.written == 3  # an answer ends the steps
 
@@ -168,7 +170,7 @@ def test_two_calls_in_either_order_are_followed_by_their_own_reports(tmp_path: P
     engine.answers["lora-gen"] = write
     task = Task("calls", "Two calls", METRICS, "call", [sample], score_call)
     folder = RunFolder(None, header(task))
-    run_rows(task, rows_from_names(["lora-gen"]), engine, folder, lambda record: None)
+    run_variants(task, rows_from_names(["lora-gen"]), engine, folder, lambda record: None)
     assert folder.records[0]["scores"]["call"] == 1.0
     assert seen == [(), (TakenStep("south", "{}", "south done"),)]
 
@@ -178,28 +180,28 @@ def test_the_choice_alone_takes_no_step(tmp_path: Path) -> None:
     sample = BenchSample("1", "own", "call", registry, (Turn("?"),), "", calls=(GoldCall("one", {}),))
     task = Task("choice", "Choice", CHOICE_METRICS, "tool", [sample], score_choice, choice_only=True)
     folder = RunFolder(None, header(task))
-    run_rows(task, rows_from_names(["lora-gen+match"]), FakeEngine(), folder, lambda record: None)
+    run_variants(task, rows_from_names(["lora-gen+match"]), FakeEngine(), folder, lambda record: None)
     assert folder.records[0]["scores"] == {"tool": 0.0, "best": 1.0, "called": 0.0}
     assert folder.records[0]["tools"] == {"one": 0.75, "two": 0.25}
 
 
 def test_same_run_same_scores(task: Task, tmp_path: Path) -> None:
     one, two = (run(task, RunFolder(tmp_path / name, header(task)), ROWS) for name in "ab")
-    assert one["rows"] == two["rows"]
+    assert one["variants"] == two["variants"]
 
 
 def test_interrupted_run_keeps_its_records_and_goes_on(task: Task, tmp_path: Path) -> None:
     first = run(task, RunFolder(tmp_path, header(task)), ROWS, stop_after=13)
     assert not first["complete"] and len(read_records(tmp_path / "predictions.jsonl")) == 12
     with (tmp_path / "predictions.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"row": "definitions", "id": "cut o')  # what a kill leaves behind
+        file.write('{"variant": "definitions", "id": "cut o')  # what a kill leaves behind
     folder = RunFolder(tmp_path, header(task), resume=True)
     assert len(folder.done) == 12
     second = run(task, folder, ROWS)
     whole = run(task, RunFolder(tmp_path / "whole", header(task)), ROWS)
     assert second["complete"]
-    for row in whole["rows"]:
-        assert second["rows"][row]["metrics"] == whole["rows"][row]["metrics"]
+    for row in whole["variants"]:
+        assert second["variants"][row]["metrics"] == whole["variants"][row]["metrics"]
     assert len(read_records(tmp_path / "predictions.jsonl")) == 40
 
 
@@ -217,8 +219,8 @@ def test_folders_are_not_mixed_up(task: Task, tmp_path: Path) -> None:
 
 def test_damaged_records_name_their_row(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    path.write_text('{"row": "a", "id": "1", "scores": {}, "cost": {}}\n{"row": \n', encoding="utf-8")
-    with pytest.raises(DataError, match="row 2"):
+    path.write_text('{"variant": "a", "id": "1", "scores": {}, "cost": {}}\n{"variant": \n', encoding="utf-8")
+    with pytest.raises(DataError, match="line 2"):
         read_records(path)
     with pytest.raises(DataError, match=r"results\.json"):
         read_results(tmp_path)
@@ -243,7 +245,7 @@ def test_live_table_counts_as_it_goes(task: Task) -> None:
     folder = RunFolder(None, header(task))
     table = LiveTable(task.title, task.metrics, [row.name for row in ROWS], {}, [], total=2 * len(task.samples))
     with table:
-        run_rows(task, ROWS, FakeEngine(task), folder, table)
+        run_variants(task, ROWS, FakeEngine(task), folder, table)
     with console.capture() as capture:
         console.print(table._render())
     assert "40/40" in capture.get() and "100.0" in capture.get()
@@ -253,9 +255,9 @@ def test_compare_pairs_samples(task: Task, tmp_path: Path) -> None:
     run(task, RunFolder(tmp_path / "a", header(task)), ROWS)
     run(task, RunFolder(tmp_path / "b", header(task)), ROWS)
     same = compare(tmp_path / "a", tmp_path / "b")
-    assert [comparison.row_a for comparison in same] == ["definitions", "lora-gen"]
+    assert [comparison.variant_a for comparison in same] == ["definitions", "lora-gen"]
     assert all(difference.value == 0 and difference.p == 1 for c in same for difference in c.differences.values())
-    (mixed,) = compare(tmp_path / "a", tmp_path / "a", row_a="definitions", row_b="lora-gen")
+    (mixed,) = compare(tmp_path / "a", tmp_path / "a", variant_a="definitions", variant_b="lora-gen")
     assert mixed.differences["success"].low > 0 and mixed.samples == 20
     headings, cells = comparison_table([mixed], task.metrics)
     assert len(cells) == 6 and all(len(row) == len(headings) for row in cells)
@@ -268,8 +270,8 @@ def test_compare_refuses_what_cant_be_paired(task: Task, tmp_path: Path) -> None
     run(other, RunFolder(tmp_path / "b", header(other)), ROWS)
     with pytest.raises(DataError, match="share no sample"):
         compare(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(DataError, match="no row 'bare'"):
-        compare(tmp_path / "a", tmp_path / "a", row_a="bare")
+    with pytest.raises(DataError, match="no variant 'bare'"):
+        compare(tmp_path / "a", tmp_path / "a", variant_a="bare")
     run(task, RunFolder(tmp_path / "c", {**header(task), "task": {**header(task)["task"], "name": "calls"}}), ROWS)
     with pytest.raises(DataError, match="run of gpt4tools and"):
         compare(tmp_path / "a", tmp_path / "c")
@@ -292,7 +294,7 @@ def turn(prompt: int, first: float, seconds: float, tokens: int = 11) -> TurnCos
 
 
 def cost(first: float, setup: float | None) -> Any:
-    return row_cost(
+    return variant_cost(
         [turn(10, 9.0, 90.0), turn(10, first, first + 1.0)],
         [] if setup is None else [setup],
         model_bytes=0,
@@ -312,12 +314,12 @@ def test_break_even() -> None:
 
 
 def test_turns_of_one_token_have_no_rate() -> None:
-    only = row_cost(
+    only = variant_cost(
         [turn(10, 0.1, 0.1, tokens=1)], [], model_bytes=1, kv_bytes=1, equal_tokens=9, reference_prompt_tokens=20
     )
     assert only is not None and only.tokens_per_second is None and only.equal_turn_ms is None
     assert only.compression == 2 and only.peak_bytes is None
-    assert row_cost([], [], model_bytes=1, kv_bytes=1, equal_tokens=9, reference_prompt_tokens=None) is None
+    assert variant_cost([], [], model_bytes=1, kv_bytes=1, equal_tokens=9, reference_prompt_tokens=None) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -365,7 +367,7 @@ def test_latency_series(tmp_path: Path) -> None:
             progress=lambda _, part: told.append(part),
         )
     )
-    assert [(point.row, point.tools) for point in points] == [
+    assert [(point.variant, point.tools) for point in points] == [
         ("definitions", 1), ("lora-gen", 1), ("definitions", 4), ("lora-gen", 4)
     ]  # fmt: skip
     assert points[2].first_token_ms == pytest.approx(410) and points[2].turn_ms == pytest.approx(410 + 200)
@@ -387,7 +389,7 @@ def test_a_latency_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
 
     stopped = run_latency(FakeEngine(stop_after=6), False)
     assert not stopped["complete"]
-    assert [(point["row"], point["tools"]) for point in stopped["points"]] == [("definitions", 1), ("lora-gen", 1)]
+    assert [(point["variant"], point["tools"]) for point in stopped["points"]] == [("definitions", 1), ("lora-gen", 1)]
     assert "| lora-gen | 1 |" in (tmp_path / "report.md").read_text()
     with pytest.raises(DataError, match="other settings \\(repeats\\)"):
         run_latency(FakeEngine(), True, repeats=3)

@@ -12,8 +12,8 @@ HELP = "two results side by side, sample by sample"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path, metavar="A", help="folder of a run (its --out)")
     parser.add_argument("b", type=Path, metavar="B", help="folder of another run, or of the same one")
-    parser.add_argument("--row-a", metavar="ROW", help="one row of A (default: all rows that both have)")
-    parser.add_argument("--row-b", metavar="ROW", help="the row of B beside it")
+    parser.add_argument("--variant-a", metavar="NAME", help="one variant of A (default: all that both have)")
+    parser.add_argument("--variant-b", metavar="NAME", help="the variant of B beside it")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench.results import read_results
     from loragen_agents.support.console import print_json, say
 
-    comparisons = compare(arguments.a, arguments.b, row_a=arguments.row_a, row_b=arguments.row_b)
+    comparisons = compare(arguments.a, arguments.b, variant_a=arguments.variant_a, variant_b=arguments.variant_b)
     if arguments.json:
         print_json([asdict(comparison) for comparison in comparisons])
         return 0

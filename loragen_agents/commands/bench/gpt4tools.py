@@ -6,7 +6,7 @@ from pathlib import Path
 from loragen_agents.commands.bench.shared import add_run_arguments, engine_of, run_task
 
 NAME = "gpt4tools"
-HELP = "the paper's Table 3: GPT4Tools' five rates for every row"
+HELP = "the paper's Table 3: GPT4Tools' five rates for every variant"
 
 # Longest text of a step. Gold steps of GPT4Tools-mini have at most 41 tokens of the embedded model.
 _MINI_TOKENS, _FILE_TOKENS = 48, 64

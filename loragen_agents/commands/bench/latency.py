@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     paths = arguments.tools or sorted(content_folder("tools").glob("*.yaml"))
     counts = arguments.counts or latency.TOOL_COUNTS
     with shown(silent if arguments.json else None) as progress:
-        document = latency.launch(
+        document = latency.run_latency(
             engine,
-            rows_from_names(latency.LATENCY_ROWS),
+            rows_from_names(latency.LATENCY_VARIANTS),
             latency.tool_pool([ToolRegistry.from_yaml(path) for path in paths], max(counts)),
             counts=counts,
             repeats=arguments.repeats,

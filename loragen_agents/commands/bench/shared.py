@@ -17,7 +17,13 @@ INTERRUPTED = 130
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, default_max_tokens: str) -> None:
-    parser.add_argument("--rows", metavar="ROW,ROW", help="rows of the table by name (default: all)")
+    parser.add_argument(
+        "--variants",
+        "--rows",
+        dest="variants",
+        metavar="NAME,NAME",
+        help="what is measured, by name, with options behind a '+' (default: all that the table has)",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, predictions, report and plots")
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     parser.add_argument(
@@ -33,8 +39,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         action="append",
         default=[],
-        metavar="ROW=FOLDER",
-        help="weights of a row: a PEFT folder for lora and lora-definitions, a generator for lora-gen rows",
+        metavar="VARIANT=FOLDER",
+        help="weights of a variant: a PEFT folder for lora and lora-definitions, a generator for lora-gen",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
@@ -43,15 +49,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_task(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> int:
     from loragen_agents.bench import report
-    from loragen_agents.bench.launch import launch
+    from loragen_agents.bench.launch import run_task as run_it
     from loragen_agents.bench.rows import CHOICE_ROWS, DEFAULT_ROWS, rows_from_names
     from loragen_agents.support.console import print_json
 
     default = CHOICE_ROWS if task.choice_only else DEFAULT_ROWS
-    rows = rows_from_names(arguments.rows.split(",") if arguments.rows else default)
-    document = launch(
+    variants = rows_from_names(arguments.variants.split(",") if arguments.variants else default)
+    document = run_it(
         task,
-        rows,
+        variants,
         engine,
         out=arguments.out,
         resume=arguments.resume,
