@@ -10,7 +10,7 @@ Knows nothing of registries, prompts or the format of a step.
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, Literal
@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loragen_agents.adapter.updates import DownUpdates
-from loragen_agents.edge.forward import Runtime
+from loragen_agents.edge.forward import Runtime, RuntimeName
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
-from loragen_agents.edge.kv_cache import History, KVCache, PrefixStore, Snapshot, extended
-from loragen_agents.edge.passes import Captured, Forward, Layout, RowUpdates
+from loragen_agents.edge.kv_cache import History, PrefixStore, Snapshot, extended
+from loragen_agents.edge.passes import Cache, Captured, Forward, Layout, RowUpdates
 from loragen_agents.edge.sampling import Sampling, pick
 from loragen_agents.edge.text_stream import TextStream
 from loragen_agents.errors import PromptError
@@ -36,10 +36,10 @@ _CHUNK = 512
 _ROOM = 256
 # Below this, a beginning that all prompts of a batch share is not worth a pass of its own.
 _SHARED_HEAD = 32
-# In 16-bit dtypes the last bit of a token's keys and values depends on how many tokens a pass reads, and now and then a
-# greedy answer depends on that bit. There, prompts are read in passes of this many tokens, and only the states of whole
-# passes are used again: the same prompt gives the same answer whatever was read before. Longer passes would leave less
-# to use again, shorter ones take longer to read.
+# In 16-bit dtypes, and where products are quantised, the last bit of a token's keys and values depends on how many
+# tokens a pass reads, and now and then a greedy answer depends on that bit. There, prompts are read in passes of this
+# many tokens, and only the states of whole passes are used again: the same prompt gives the same answer whatever was
+# read before. Longer passes would leave less to use again, shorter ones take longer to read.
 _ALIGNED = 128
 # Tokens scored in one pass: their logits over the whole vocabulary are held at once.
 _SCORED = 256
@@ -124,6 +124,7 @@ class Decoder:
     tokenizer: its tokenizer.
     stop_token_ids: tokens that end a completion; default: the model's and the tokenizer's end-of-sequence tokens.
     prefixes: how read prefixes are kept; default: 8 of them, 256 MiB in all.
+    runtime: what runs the model; see `Runtime`.
     """
 
     def __init__(
@@ -133,14 +134,15 @@ class Decoder:
         *,
         stop_token_ids: Sequence[int] | None = None,
         prefixes: PrefixStore | None = None,
+        runtime: RuntimeName = "auto",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(_end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids)
         self.prefixes = PrefixStore() if prefixes is None else prefixes
-        # In float32 the differences are too small to decide anything: every state can be used again.
-        self._aligned = model.dtype.itemsize < 4
-        self._runtime = Runtime(model)
+        self._runtime = Runtime(model, runtime)
+        # Where the differences are too small to decide anything, every state can be used again.
+        self._aligned = not self._runtime.exact
         self._state: list[Any] = []
         self._bound: Forward | None = None
         self._lock = threading.Lock()
@@ -249,10 +251,11 @@ class Decoder:
         self._room(tokens)
         forward = self._forward()
         history = extended(() if behind is None else behind.history, len(before), updates)
+        layers = {*capture, *_layers([updates])}
         if behind is None:
-            cache, (known,), (cached,) = self._opened(forward, [parts[0]], [history], room=ends[-1] - ends[0])
+            cache, (known,), (cached,) = self._opened(forward, [parts[0]], [history], ends[-1] - ends[0], layers=layers)
         else:
-            cache, known, cached = KVCache(1, len(tokens)), len(before), behind.cached_tokens
+            cache, known, cached = forward.cache(1, len(tokens), layers), len(before), behind.cached_tokens
             cache.fill([behind.states], [known])
         # What is asked for stands in the last pass, whatever its width; before it, passes are bounded.
         early = known + (ends[0] - 1 - known) // _CHUNK * _CHUNK
@@ -308,7 +311,7 @@ class Decoder:
             if tokens:
                 scores[place] = first[tokens[0]].item()
         prefix = len(read.token_ids)
-        cache = KVCache(1, prefix + max(map(len, continuations), default=0))
+        cache = forward.cache(1, prefix + max(map(len, continuations), default=0), _layers([updates]))
         cache.fill([read.states], [prefix])
         for group in _groups([len(tokens) - 1 for tokens in continuations], _SCORED):
             fed = [token for place in group for token in continuations[place][:-1]]
@@ -358,12 +361,13 @@ class Decoder:
         room: int,
         forced: Sequence[Sequence[int]] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> tuple[KVCache, list[int], list[int]]:
+        layers: Collection[int] = (),
+    ) -> tuple[Cache, list[int], list[int]]:
         """A cache with one row for each prompt, begun with what is known of it.
 
         Also returned: how many tokens that is for each row, and how many of them were known before.
         At least the last token of a prompt is left to be read, except where the prompt was read as a whole.
-        histories: how each row is to have been read at the end.
+        histories: how each row is to have been read at the end. layers: as `Forward.cache`.
         forced: tokens that follow each prompt in any case; of these, too, some may be known.
         """
         plain = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, ReadPrompt)]
@@ -387,7 +391,7 @@ class Decoder:
             states.append(known[0])
             lengths.append(known[1])
             cached.append(known[1] if kept is None else kept)
-        cache = KVCache(len(prompts), max([*map(len, map(_tokens, prompts)), *lengths]) + room)
+        cache = forward.cache(len(prompts), max([*map(len, map(_tokens, prompts)), *lengths]) + room, layers)
         cache.fill(states, lengths)
         return cache, lengths, cached
 
@@ -403,9 +407,9 @@ class Decoder:
         cached = known
         whole = (len(prompt) - 1) // _ALIGNED * _ALIGNED
         if known < whole:
-            cache = KVCache(1, whole)
-            cache.fill([states], [known])
             updates = history[0][1] if history else None
+            cache = forward.cache(1, whole, _layers([updates]))
+            cache.fill([states], [known])
             _feed(forward, cache, [prompt[known:whole]], self.model.device, [updates], cancelled, _ALIGNED)
             (known,) = cache.lengths
             states = cache.snapshot(0)
@@ -420,9 +424,10 @@ class Decoder:
         _, known = self.prefixes.find(head, history)
         if len(head) - known < _SHARED_HEAD:
             return None, 0
-        cache, (cached,), _ = self._opened(forward, [head], [history], room=0)
         # Plain prompts are read with the same updates from their first token on.
-        _feed(forward, cache, [head[cached:]], self.model.device, [history[0][1] if history else None])
+        updates = history[0][1] if history else None
+        cache, (cached,), _ = self._opened(forward, [head], [history], room=0, layers=_layers([updates]))
+        _feed(forward, cache, [head[cached:]], self.model.device, [updates])
         states = cache.snapshot(0)
         self.prefixes.add(head, states, history=history)
         return states, len(head)
@@ -555,7 +560,7 @@ class _Run:
         self.ended = False
         self._rows = self.sequences
         self._forward: Forward | None = None
-        self._cache: KVCache | None = None
+        self._cache: Cache | None = None
         self._started = 0.0
 
     # Entered step by step: a mode held open between steps would apply to the code that reads the stream.
@@ -609,8 +614,9 @@ class _Run:
             sequence.prepare(self._decoder)
         prompts, forced = zip(*((sequence.prompt, sequence.tokens) for sequence in self.sequences), strict=True)
         histories = [sequence.history for sequence in self.sequences]
+        layers = _layers([sequence.updates for sequence in self.sequences])
         self._cache, known, cached = self._decoder._opened(
-            self._forward, prompts, histories, room, forced, self._cancelled
+            self._forward, prompts, histories, room, forced, self._cancelled, layers
         )
         for sequence, *lengths in zip(self.sequences, known, cached, strict=True):
             sequence.begin(*lengths)
@@ -628,7 +634,7 @@ class _Run:
 
 def _feed(
     forward: Forward,
-    cache: KVCache,
+    cache: Cache,
     tokens: Sequence[Sequence[int]],
     device: torch.device,
     updates: RowUpdates,
@@ -655,6 +661,11 @@ def _feed(
             if count and begin + count == len(tokens[row]):
                 logits[row] = result[row, 0]
     return logits
+
+
+def _layers(updates: RowUpdates) -> set[int]:
+    """The layers that any of the updates change."""
+    return {layer for one in updates if one is not None for layer in one.tensors}
 
 
 def _tokens(prompt: Sequence[int] | ReadPrompt) -> Sequence[int]:

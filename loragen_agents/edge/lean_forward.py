@@ -5,7 +5,7 @@ operations between the matrix products cost as much time as half of the products
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -159,6 +159,10 @@ class LeanForward:
         self._heads: int = config.num_key_value_heads
         self._swap = torch.arange(self._head_size, device=self._norm.module.weight.device).roll(self._head_size // 2)
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
+
+    def cache(self, rows: int, capacity: int = 0, layers: Collection[int] = ()) -> KVCache:
+        """As `passes.Forward`; any layer takes updates here."""
+        return KVCache(rows, capacity)
 
     def __call__(
         self,

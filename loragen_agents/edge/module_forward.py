@@ -1,6 +1,7 @@
 """The forward pass of any causal LM with full or sliding attention, by transformers' own modules."""
 
 import threading
+from collections.abc import Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,10 @@ class ModuleForward:
                 f"{type(model).__name__} was loaded with the attention {config._attn_implementation!r}, which takes no "
                 "mask; load it with attn_implementation='sdpa'"
             )
+
+    def cache(self, rows: int, capacity: int = 0, layers: Collection[int] = ()) -> KVCache:
+        """As `passes.Forward`; any layer takes updates here."""
+        return KVCache(rows, capacity)
 
     def __call__(
         self,

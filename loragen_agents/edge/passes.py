@@ -3,15 +3,15 @@
 `lean_forward` and `module_forward` have the passes themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loragen_agents.adapter.updates import DownUpdates
-from loragen_agents.edge.kv_cache import KVCache
+from loragen_agents.edge.kv_cache import KVCache, Snapshot
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,36 @@ RowUpdates = Sequence[DownUpdates | None]
 """The updates of each row of a batch; None runs a row with the bare model."""
 
 
+class Cache(Protocol):
+    """Keys and values of several sequences, as the forward pass that made it keeps them; see `KVCache`."""
+
+    lengths: list[int]
+
+    def advance(self, counts: Sequence[int]) -> None: ...
+
+    def keep(self, rows: Sequence[int]) -> None: ...
+
+    def fill(self, states: Sequence[Snapshot | None], lengths: Sequence[int]) -> None: ...
+
+    def snapshot(self, row: int) -> Snapshot: ...
+
+
 class Forward(Protocol):
     """Feeds tokens behind the valid slots of each row; the caller declares how many of them count (`advance`)."""
+
+    def cache(self, rows: int, capacity: int = 0, layers: Collection[int] = ()) -> Cache:
+        """An empty cache for passes of this model.
+
+        Args:
+            rows: number of sequences.
+            capacity: slots to set aside for each.
+            layers: those whose updates or activations the passes will ask for.
+        """
 
     def __call__(
         self,
         ids: Tensor,
-        cache: KVCache,
+        cache: Any,
         keep: Tensor,
         layout: Layout | None = None,
         captured: Captured | None = None,
@@ -50,13 +73,14 @@ class Forward(Protocol):
 
         Args:
             ids: tokens, shape (rows, width).
+            cache: one that this forward pass has made.
             keep: places within the width, shape (rows, kept).
             layout: where tokens stand that do not simply follow one another.
             captured: filled for each layer that it has as a key.
             updates: of each row.
 
         Returns:
-            Logits in the model's dtype, shape (rows, kept, vocabulary).
+            Logits with shape (rows, kept, vocabulary).
         """
 
 

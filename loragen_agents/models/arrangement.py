@@ -17,7 +17,7 @@ LEAN_ARCHITECTURES: tuple[type[PreTrainedModel], ...] = (
     GemmaForCausalLM,
 )
 # Kinds of rotary embedding whose angles depend on the position alone, so that a table of them holds.
-_FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _CACHE_LINE = 64
 
 
@@ -28,8 +28,13 @@ def is_lean(model: PreTrainedModel) -> bool:
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if not kinds else None
-    if window is not None or kinds - {"full_attention"} or config.rope_parameters["rope_type"] not in _FIXED_ROTARY:
+    if window is not None or kinds - {"full_attention"} or config.rope_parameters["rope_type"] not in FIXED_ROTARY:
         return False
+    return is_untouched(model)
+
+
+def is_untouched(model: PreTrainedModel) -> bool:
+    """Whether no module of a model of a known architecture has hooks, or is wrapped, quantised or patched."""
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False

@@ -7,6 +7,7 @@ business.
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -20,8 +21,9 @@ from loragen_agents.models.language_models import LanguageModel, gated_ffn_layer
 
 logger = logging.getLogger(__name__)
 
-# A PEFT folder for SmolLM2-135M has 10 to 40 MB, by the number of tools and arguments.
-DISK_ENTRIES = 64
+# Most bytes of all folders together; LORAGEN_AGENTS_CACHE_BYTES sets another number.
+DEFAULT_BYTES = 2 * 10**9
+BYTES_VARIABLE = "LORAGEN_AGENTS_CACHE_BYTES"
 # Writing a folder takes a second; a temporary one this old has lost its writer.
 _ABANDONED_SECONDS = 3600
 _MANIFEST = "specialization.json"
@@ -31,9 +33,9 @@ _MATCH = "tool_match.safetensors"
 
 def read(folder: Path) -> tuple[LoRAWeights, ToolMatch | None] | None:
     """What is kept in `folder`; None when there is nothing or what is there is damaged (it is removed then)."""
-    if not folder.is_dir():
-        return None
     try:
+        if not folder.is_dir():
+            return None
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
         for name in (*_FILES, *([_MATCH] if _MATCH in hashes else [])):
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != hashes[name]:
@@ -73,18 +75,34 @@ def write(folder: Path, weights: LoRAWeights, match: ToolMatch | None, edge: Lan
     _prune(folder.parent)
 
 
+def most_bytes() -> int:
+    """How many bytes all folders together may have: $LORAGEN_AGENTS_CACHE_BYTES, or 2 GB."""
+    text = os.environ.get(BYTES_VARIABLE, "").strip()
+    if not text:
+        return DEFAULT_BYTES
+    try:
+        return int(text)
+    except ValueError:
+        logger.warning("%s is %r; expected a whole number. %d is taken.", BYTES_VARIABLE, text, DEFAULT_BYTES)
+        return DEFAULT_BYTES
+
+
 def _prune(parent: Path) -> None:
-    """Remove the least recently used folders beyond `DISK_ENTRIES`, and what a killed process left half-written."""
-    ages: dict[Path, float] = {}
+    """Remove the least recently used folders beyond `most_bytes`, and what a killed process left half-written."""
+    found: list[tuple[float, int, Path]] = []
     for path in parent.iterdir():
         with suppress(OSError):  # another process may remove it at the same time
-            ages[path] = path.stat().st_mtime
-    whole = [path for path in sorted(ages, key=ages.__getitem__) if not path.name.startswith(".")]
-    for path in whole[: max(0, len(whole) - DISK_ENTRIES)]:
-        _remove(path)
-    for path in ages.keys() - set(whole):
-        if ages[path] < time.time() - _ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+            size = sum(file.stat().st_size for file in path.iterdir())
+            found.append((path.stat().st_mtime, size, path))
+    left = most_bytes()
+    for age, size, path in sorted(found, reverse=True):
+        if path.name.startswith("."):
+            if age < time.time() - _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        left -= size
+        if left < 0:
+            _remove(path)
 
 
 def _remove(folder: Path) -> None:

@@ -10,9 +10,14 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal
 
+import torch
+from safetensors import SafetensorError
+
 from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.tool_match import ToolMatch
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.specialized import SpecializedLM
@@ -27,24 +32,28 @@ logger = logging.getLogger(__name__)
 # A specialised SmolLM2-135M holds 160 MB of merged FFN weights of its own.
 MEMORY_ENTRIES = 4
 # Goes into the key; raise it when what is written changes.
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True)
 class Specialization:
     """An edge LM specialised on a registry and a system text.
 
-    model: the specialised edge LM, ready to decode.
-    weights: the LoRA weights that were merged into it.
-    definition_tokens: tokens of the edge LM's tokenizer that the same definitions and system text would take up in
-        every prompt (the full ReAct prompt less the user turn).
-    seconds: what generating and merging took; 0 when the specialisation came from memory or disk.
-    source: where it came from.
-    key: SHA-256 of everything that it depends on; also the name of its folder on disk.
+    Args:
+        model: the specialised edge LM, ready to decode.
+        weights: the LoRA weights that were merged into it.
+        generator: what made it. It stays loaded, and with it both language models, as long as the specialisation is
+            kept: the next registry needs them too.
+        definition_tokens: tokens of the edge LM's tokenizer that the same definitions and system text would take up in
+            every prompt (the full ReAct prompt less the user turn).
+        seconds: what generating and merging took; 0 when the specialisation came from memory or disk.
+        source: where it came from.
+        key: SHA-256 of everything that it depends on; also the name of its folder on disk.
     """
 
     model: SpecializedLM
     weights: LoRAWeights
+    generator: LoRAGenerator
     registry: ToolRegistry
     system_text: str
     definition_tokens: int
@@ -79,14 +88,15 @@ def specialize(
     """The edge LM specialised on `registry` and `system_text`.
 
     Made by one pass of the generator unless it is kept from before, in memory or on disk, under everything that it
-    depends on: the registry, the rendered definitions with the system text, the generator's weights and those of both
-    language models. A folder on disk that is damaged is made again.
+    depends on: the registry, the rendered definitions with the system text, the generator's weights, and the weights
+    and dtypes of both language models. A folder on disk that is damaged is made again; where the cache folder can't be
+    written to, a warning says so.
 
-    cache: False generates in any case and keeps nothing.
+    Args:
+        cache: False generates in any case and keeps nothing.
 
     Raises:
         GrammarError: the registry's argument schemas can't be turned into a grammar.
-        OSError: the cache folder can't be written.
     """
     renderer = shared_renderer(edge.tokenizer)
     definitions = _definitions(renderer, registry, system_text)
@@ -97,19 +107,21 @@ def specialize(
         kept = disk_cache.read(folder) if cache else None
         source: Literal["generated", "disk"] = "disk"
         started = time.perf_counter()
-        if kept is None:
-            source = "generated"
-            weights, match = generator.generate_with_match(definitions, registry)
-            weights = weights.detach()
-        else:
-            weights, match = kept
-        model = SpecializedLM(edge, weights, registry, match)
+        # Others may use what is made here outside the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            if kept is None:
+                source = "generated"
+                weights, match = generator.generate_with_match(definitions, registry)
+                weights = weights.detach()
+            else:
+                weights, match = kept
+            model = SpecializedLM(edge, weights, registry, match)
         seconds = time.perf_counter() - started if source == "generated" else 0.0
         if cache and source == "generated":
-            disk_cache.write(folder, weights, match, edge)
+            _keep(folder, weights, match, edge)
         probe = [Turn("")]
         definition_tokens = len(renderer.full_react(registry, probe, system_text)) - len(renderer.user_turn(probe))
-        made = Specialization(model, weights, registry, system_text, definition_tokens, seconds, source, key)
+        made = Specialization(model, weights, generator, registry, system_text, definition_tokens, seconds, source, key)
         if made.weights_are_zero:
             logger.warning("The generator is untrained: its LoRA weights are zero, and the model is the bare edge LM.")
         return made
@@ -131,8 +143,21 @@ def specializations_in_memory() -> tuple[int, int]:
 
 
 def forget_specializations() -> None:
-    """Let go of the specialised models in memory. Those on disk stay."""
+    """Drop the specialised models in memory, and with them what only they hold. Those on disk stay."""
     _specializations.clear()
+
+
+def _keep(folder: Path, weights: LoRAWeights, match: ToolMatch | None, edge: LanguageModel) -> None:
+    """Write to the disk cache. A disk that is full or can't be written to costs the next process time, nothing else."""
+    try:
+        disk_cache.write(folder, weights, match, edge)
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "This specialisation can't be kept in %s and will be generated again (%s). Free some space there, or set "
+            "LORAGEN_AGENTS_CACHE to another folder.",
+            folder.parent,
+            error,
+        )
 
 
 @lru_cache(maxsize=32)
@@ -144,5 +169,7 @@ def _definitions(renderer: PromptRenderer, registry: ToolRegistry, system_text: 
 def _key(
     registry: ToolRegistry, definitions: str, edge: LanguageModel, cloud: LanguageModel, generator: LoRAGenerator
 ) -> str:
-    parts = [_FORMAT, registry.fingerprint, definitions, generator.fingerprint, edge.fingerprint, cloud.fingerprint]
+    # Weights read in bf16 differ from those read in float32 by half a percent, so they are kept apart.
+    models = [(model.fingerprint, str(model.dtype)) for model in (edge, cloud)]
+    parts = [_FORMAT, registry.fingerprint, definitions, generator.fingerprint, models]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

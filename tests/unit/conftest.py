@@ -16,3 +16,13 @@ def nothing_is_fetched(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     return folder
+
+
+@pytest.fixture(params=["torch", "openvino"])
+def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on each runtime; on OpenVINO with matrices in float32, so that results are equal."""
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", request.param)
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+    return str(request.param)

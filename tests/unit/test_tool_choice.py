@@ -130,6 +130,8 @@ def passes(special: SpecializedLM, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     forward = special.decoder._forward()
 
     class Counted:
+        cache = staticmethod(forward.cache)
+
         def __call__(self, ids, cache, keep, layout=None, captured=None, updates=None):
             found.append((ids.shape[1], keep.shape[1]))
             return forward(ids, cache, keep, layout, captured, updates)

@@ -58,8 +58,8 @@ def continued(reader: PreTrainedModel, writer: PreTrainedModel, prompt: list[int
 
 
 @pytest.fixture(params=["llama", "gemma"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """One that is run leanly, and one that transformers' modules run."""
+def model(request: pytest.FixtureRequest, runtime: str) -> PreTrainedModel:
+    """One that is run leanly, and one that transformers' modules run; both on each runtime."""
     return tiny_model(request.param)
 
 

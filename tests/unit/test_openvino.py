@@ -1,0 +1,183 @@
+"""Models on OpenVINO, held against transformers' own forward pass, and how compiled graphs are kept and shared."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from loragen_agents.edge.decoding import Decoder, Sampling
+from loragen_agents.edge.forward import Runtime, chosen_runtime
+from loragen_agents.edge.module_forward import ModuleForward
+from loragen_agents.errors import ModelLoadError
+from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
+
+pytest.importorskip("openvino")
+
+from loragen_agents.edge.openvino import compiled
+from loragen_agents.edge.openvino.forward import OpenVINOForward
+from loragen_agents.edge.openvino.graph import why_not
+from loragen_agents.edge.openvino.quantise import GROUP
+
+TOKENIZER = tiny_tokenizer()
+FAMILIES = ["llama", "qwen", "qwen3", "gemma", "gemma1", "mistral_window"]
+
+
+def family_model(family: str, **sizes: Any) -> PreTrainedModel:
+    """A tiny model of each architecture that has a graph; windows are shorter than what the tests read."""
+    if family in ("llama", "qwen") and not sizes:
+        return tiny_model(family)
+    every = {**SIZES, "vocab_size": len(TOKENIZER), "num_key_value_heads": 2, **sizes}
+    torch.manual_seed(0)
+    model: PreTrainedModel
+    if family == "gemma":
+        model = tiny_model(family)
+        model.config.sliding_window = 5
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            if layer.self_attn.sliding_window is not None:  # type: ignore[union-attr]
+                layer.self_attn.sliding_window = 5  # type: ignore[union-attr]
+        return model
+    if family == "gemma1":
+        model = GemmaForCausalLM(GemmaConfig(**every, head_dim=8))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**every, head_dim=8))
+    else:
+        model = MistralForCausalLM(MistralConfig(**every, sliding_window=5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+            elif "norm" in name:
+                parameter.normal_()
+    return model.eval()
+
+
+def differences(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits by OpenVINO less the model's own, and those; for rows that are fed one, several or no tokens at a time."""
+    ids = torch.randint(3, len(TOKENIZER), (2, 20), generator=torch.Generator().manual_seed(1))
+    forward = Runtime(model, "openvino").bind()
+    assert isinstance(forward, OpenVINOForward)
+    found: list[Tensor] = []
+    wanted: list[Tensor] = []
+    with torch.inference_mode():
+        expected = model(ids).logits.float()
+        cache = forward.cache(2)
+        for counts in [(9, 1), (1, 1), (0, 4), (5, 7), (1, 1), (4, 0)]:
+            width = max(counts)
+            fed = torch.zeros(2, width, dtype=torch.long)
+            for row, count in enumerate(counts):
+                fed[row, :count] = ids[row, cache.lengths[row] : cache.lengths[row] + count]
+            logits = forward(fed, cache, torch.arange(width).expand(2, -1))
+            for row, count in enumerate(counts):
+                found.append(logits[row, :count])
+                wanted.append(expected[row, cache.lengths[row] : cache.lengths[row] + count])
+            cache.advance(counts)
+    assert cache.lengths == [20, 14]
+    return torch.cat(found) - torch.cat(wanted), torch.cat(wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 1e-5 with matrices in float32, and with int8 to a tenth of their spread."""
+    model = family_model(family)
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+    difference, _ = differences(model)
+    assert difference.abs().max() < 1e-5
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "int8")
+    difference, logits = differences(model)
+    assert 0 < difference.std() < 0.1 * logits.std()
+
+
+def test_four_bits_follow_the_model_more_loosely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "int4")
+    model = tiny_model("llama")
+    assert model.config.hidden_size % GROUP == 0
+    difference, logits = differences(model)
+    assert 0 < difference.std() < logits.std()
+
+
+def test_which_models_have_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    assert all(why_not(family_model(family)) is None for family in FAMILIES)
+    hooked = tiny_model("llama")
+    hooked.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: None)  # type: ignore[union-attr]
+    assert "hooks" in (why_not(hooked) or "")
+    chunked = tiny_model("gemma")
+    chunked.config.layer_types[0] = "chunked_attention"
+    assert "chunked_attention" in (why_not(chunked) or "")
+    # PyTorch runs what has no graph, and says so.
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(Runtime(hooked, "openvino").bind(), ModuleForward)
+    assert "wrapped or have hooks" in caplog.text
+
+
+def test_a_runtime_is_chosen_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "openvino")
+    assert (chosen_runtime(), chosen_runtime("torch")) == ("openvino", "torch")
+    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "onnx")
+    with pytest.raises(ModelLoadError, match="no runtime 'onnx'; expected auto, openvino, torch"):
+        chosen_runtime()
+    monkeypatch.setattr("loragen_agents.edge.forward.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match="pip install openvino"):
+        chosen_runtime("openvino")
+
+
+def test_models_with_equal_weights_share_a_graph() -> None:
+    one, same, other = (Runtime(tiny_model(seed=seed), "openvino").bind() for seed in (0, 0, 1))
+    assert isinstance(one, OpenVINOForward) and isinstance(same, OpenVINOForward) and isinstance(other, OpenVINOForward)
+    assert one.compiled is same.compiled is not other.compiled
+
+
+def test_a_compiled_graph_is_kept_on_disk(nothing_is_fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_SMALLEST_KEPT", 0)
+    prompt, sampling = [5, 6, 7], Sampling(max_tokens=8)
+
+    def tokens() -> tuple[int, ...]:
+        monkeypatch.setattr(compiled, "_compiled", {})
+        return Decoder(tiny_model(), TOKENIZER, runtime="openvino").generate([prompt], sampling)[0].token_ids
+
+    expected = tokens()
+    (file,) = (nothing_is_fetched / "openvino").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "write_graph", None)
+        assert tokens() == expected
+    # What is damaged is made again.
+    file.write_bytes(file.read_bytes()[:1000])
+    assert tokens() == expected
+    assert file.stat().st_size > 1000
+    # The least recently used go.
+    monkeypatch.setattr(compiled, "_KEPT_FILES", 1)
+    Runtime(tiny_model(seed=1), "openvino").bind()
+    assert len(list(file.parent.iterdir())) == 1 and not file.exists()
+
+
+def test_a_cache_folder_that_cannot_be_written_stops_nothing(
+    nothing_is_fetched: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "_SMALLEST_KEPT", 0)
+    monkeypatch.setattr(compiled, "_compiled", {})
+    (nothing_is_fetched / "openvino").write_text("in the way")
+    assert Decoder(tiny_model(), TOKENIZER, runtime="openvino").generate([[5]], Sampling(max_tokens=2))
+    assert "can't be kept" in caplog.text
+
+
+def test_a_request_that_ended_is_used_again() -> None:
+    forward = Runtime(tiny_model(), "openvino").bind()
+    first = forward.cache(1)
+    request = first.request  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        fresh = forward(torch.tensor([[5, 6]]), first, torch.tensor([[1]]))
+        del first
+        second = forward.cache(1)
+        assert second.request is request  # type: ignore[attr-defined]
+        assert torch.equal(forward(torch.tensor([[5, 6]]), second, torch.tensor([[1]])), fresh)
