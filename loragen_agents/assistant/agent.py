@@ -200,9 +200,8 @@ class _Watch(AgentMiddleware):
 
     def _refused(self, call: ToolCall) -> None:
         if self.assistant.permissions.ask is None:
-            reason = (
-                f"{call.tool} changes something, so it asks first; nobody can be asked here. Add --yes to allow it."
-            )
+            why = "comes after text from a file or server" if self.outside_text else "may change something"
+            reason = f"{call.tool} {why}, so it asks first; nobody can be asked here. Add --yes to allow it."
         else:
             reason = "Not done, as you said no."
         call.text, call.failed = reason, True

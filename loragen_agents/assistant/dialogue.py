@@ -125,7 +125,7 @@ class Dialogue:
     async def ask(self, tool: BaseTool, arguments: dict[str, Any], why: str) -> Reply:
         """Ask about a call that changes something; anything but a clear yes is a no."""
         if why:
-            self.screen.line(f"Asked again, because {why}.", "yellow")
+            self.screen.line(f"Asked because {why}.", "yellow")
         while True:
             try:
                 reply = await self._question.prompt_async(

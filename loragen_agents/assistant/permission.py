@@ -1,8 +1,9 @@
 """Which calls may run: those that change something ask first.
 
-The rule, whatever the model was talked into: a tool that changes or deletes runs only when the user says so. "Always"
-holds for the session, but not in a turn in which text from outside (a file, a server) has been read: what such a text
-asks for is asked about again. Tools that were not made for the assistant ask unless they say that they only read.
+The rule, whatever the model was talked into: a tool that changes or deletes runs only when the user says so. In a turn
+in which text from outside (a file, a server) has been read, tools that add something (notes, timers, pictures) ask as
+well, and an earlier "always" does not count: what such a text asks for is asked about. Tools that were not made for the
+assistant ask unless they say that they only read.
 """
 
 from collections.abc import Awaitable, Callable
@@ -35,7 +36,7 @@ class Permissions:
 
     async def decide(self, tool: BaseTool, arguments: dict[str, Any], *, outside_text: bool) -> Decision:
         """Whether a call runs. `outside_text`: text from outside has been read in this turn."""
-        if not asks_first(tool):
+        if not asks_first(tool) and not (outside_text and isinstance(tool, AssistantTool) and tool.adds):
             return "run"
         if self.dry_run:
             return "pretend"
@@ -43,7 +44,8 @@ class Permissions:
             return "run"
         if self.ask is None:
             return "refuse"
-        why = "text from a file or server was read in this turn" if tool.name in self.always else ""
+        again = tool.name in self.always or not asks_first(tool)
+        why = "text from a file or server was read in this turn" if again else ""
         reply = await self.ask(tool, arguments, why)
         if reply == "always":
             self.always.add(tool.name)

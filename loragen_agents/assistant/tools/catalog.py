@@ -45,6 +45,13 @@ ASK_FIRST = frozenset(
         "delete_reminder",
     }
 )
+# What adds something: it runs at once, but not on the word of a file that was read in the same turn.
+ADDS = frozenset(
+    {
+        *("take_note", "add_task", "complete_task", "add_reminder", "start_timer", "cancel_timer"),
+        *("crop_image", "resize_image", "rotate_image", "convert_image", "grey_image", "Edge Detection On Image"),
+    }
+)
 
 
 class AssistantTool(StructuredTool):
@@ -52,10 +59,12 @@ class AssistantTool(StructuredTool):
 
     group: what it is switched on and off with.
     asks: whether the user has to say yes to each call.
+    adds: whether it leaves something behind that was not there.
     """
 
     group: str
     asks: bool
+    adds: bool
 
 
 @lru_cache(maxsize=1)
@@ -111,4 +120,5 @@ def langchain_tool(tool: Tool, function: Callable[..., Result], group: str) -> A
         response_format="content_and_artifact",
         group=group,
         asks=tool.name in ASK_FIRST,
+        adds=tool.name in ADDS,
     )
