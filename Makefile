@@ -12,8 +12,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .PHONY: demo test test-unit lint format clean
 
+# With a terminal the assistant answers a first request and stays; without one it answers three and ends.
 demo: $(INSTALLED)
-	$(BIN)/loragen-agents ask --tools tools/assistant.yaml "Compute 17 * 23"
+	@if [ -t 0 ] && [ -t 1 ]; then \
+		$(BIN)/loragen-agents chat --root examples/files --stay "Compute 17 * 23"; \
+	else \
+		printf '%s\n' "Compute 17 * 23" "Convert 5 miles to kilometres" "Read the file shopping.txt" \
+			| $(BIN)/loragen-agents chat --root examples/files --lines; \
+	fi
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -5,6 +5,9 @@ Ctrl-C stops a turn or empties the line, Ctrl-D leaves. What is shown goes throu
 
 import asyncio
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +96,8 @@ class Dialogue:
         except (LoRAGenError, OSError) as error:
             self.screen.line(f"The model can't be loaded: {error}", "red")
             return
-        turn = await interruptible(self.assistant, self.assistant.turn(self._without_marks(text), self.screen.show))
+        with quiet_keyboard():
+            turn = await interruptible(self.assistant, self.assistant.turn(self._without_marks(text), self.screen.show))
         self.screen.turn_ends(turn)
         self.screen.console.print()
         self.keep()
@@ -104,6 +108,7 @@ class Dialogue:
             waiting = asyncio.ensure_future(self.loading.model())
             with (
                 self.screen.console.status("Getting the model ready for these tools ..."),
+                quiet_keyboard(),
                 on_interrupt(waiting.cancel),
             ):
                 try:
@@ -181,6 +186,27 @@ class Dialogue:
             return match[1] if (folder.root / match[1]).exists() else match[0]
 
         return re.sub(r"(?<!\S)@(\S+)", plain, text)
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Don't show what is typed while a turn runs; it is there for the next line. Without a terminal, nothing changes."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = list(before)
+    quiet[3] = before[3] & ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _turns(turns: list[Turn]) -> str:

@@ -181,3 +181,11 @@ def test_a_server_that_can_not_be_started_is_named(tmp_path):
 
     with pytest.raises(RegistryError, match="MCP server 'gone' can't be used"):
         asyncio.run(start())
+
+
+def test_the_readmes_example(context, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    source = readme.split("# my_tools.py\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "my_tools.py").write_text(source)
+    tools = read_tools([str(tmp_path / "my_tools.py")], context)
+    assert run(context, tools, call("shout", text="hello"), "HELLO").calls[0].text == "HELLO"
