@@ -190,7 +190,7 @@ class Dialogue:
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Don't show what is typed while a turn runs; it is there for the next line. Without a terminal, nothing changes."""
+    """Hide what is typed while a turn runs; it is there for the next line. Without a terminal, nothing changes."""
     try:
         import termios
     except ImportError:  # Windows

@@ -1,6 +1,8 @@
-"""Makes the picture at the top of the README from a real run: python -m loragen_agents.assistant.record docs/assistant.svg
+"""Makes the picture at the top of the README from a real run.
 
-The requests below are put to the model that ships, in a folder of example files; what it says is what the picture shows.
+    python -m loragen_agents.assistant.record docs/assistant.svg
+
+The requests below are put to the model that ships, in a folder of example files; the picture shows what it says.
 """
 
 import argparse
@@ -56,7 +58,7 @@ async def record(console: Console, requests: Sequence[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="the SVG file to write")
     parser.add_argument("request", nargs="*", help="requests in place of the usual ones")
     arguments = parser.parse_args()
