@@ -100,16 +100,17 @@ class Assistant:
             turn.ending, turn.reason = "interrupted", "Interrupted."
             raise
         finally:
-            turn.figures.turn_ms = round((time.perf_counter() - started) * 1000, 1)
+            turn.figures.turn_ms = round(turn.figures.turn_ms + (time.perf_counter() - started) * 1000, 1)
             self.turns.append(turn)
         return turn
 
     async def _run(self, turn: Turn, show: Show) -> None:
+        watch = _Watch(self, turn, show)
         agent: Any = create_agent(
             self.model,
             tools=[_in_own_thread(tool) for tool in self.tools],
             system_prompt=self.system or None,
-            middleware=[_Watch(self, turn, show)],
+            middleware=[watch],
         )
         messages = [*history(self.turns, HISTORY_TURNS), HumanMessage(turn.request)]
         # A step is a model call and a tool call; the limit in words is the watch's, this one only bounds the graph.
@@ -123,6 +124,7 @@ class Assistant:
                     if _goes_in_circles(turn.answer):
                         raise _TurnEnds("The model repeats itself, so its answer was cut off.", failed=not turn.calls)
         finally:
+            turn.figures.turn_ms -= watch.thinking_seconds * 1000
             await stream.aclose()
 
 
@@ -134,6 +136,8 @@ class _Watch(AgentMiddleware):
         self.assistant, self.turn, self.show = assistant, turn, show
         self.steps = 0
         self.outside_text = False
+        # Time that the user took to say yes or no, which is none of the turn's.
+        self.thinking_seconds = 0.0
 
     async def awrap_model_call(
         self, request: ModelRequest, handler: Callable[[ModelRequest], Awaitable[ModelResponse]]
@@ -183,7 +187,9 @@ class _Watch(AgentMiddleware):
         tool = request.tool
         if tool is None:
             return self._ended(request, call, f"there is no tool {name!r}", failed=True)
+        asked = time.perf_counter()
         decision = await self.assistant.permissions.decide(tool, arguments, outside_text=self.outside_text)
+        self.thinking_seconds += time.perf_counter() - asked
         if decision == "pretend":
             return self._ended(request, call, f"Dry run: {preview(self.assistant.context, name, arguments)}.")
         if decision == "refuse":
@@ -204,7 +210,7 @@ class _Watch(AgentMiddleware):
             reason = f"{call.tool} {why}, so it asks first; nobody can be asked here. Add --yes to allow it."
         else:
             reason = "Not done, as you said no."
-        call.text, call.failed = reason, True
+        call.text, call.failed, call.refused = reason, True, True
         self.show(CallEnds(call))
         raise _TurnEnds(reason, failed=self.assistant.permissions.ask is None)
 

@@ -104,6 +104,8 @@ class Screen:
 
     def _result(self, call: ToolCall) -> None:
         took = f"{_milliseconds(call.milliseconds)}"
+        if call.refused:
+            return  # the turn's end says so
         if call.failed:
             self._aside(Text(f"Error: {visible(call.text)}", style="red"), took)
         elif isinstance(call.shown, Table):

@@ -19,6 +19,7 @@ class ToolCall:
     """One call of a tool in a turn.
 
     text: what the model was told: the result, cut where it is long, or the error.
+    refused: it was not run, because the user did not want it or could not be asked.
     shown: the whole result, for the screen only; it is not kept with the session.
     """
 
@@ -27,6 +28,7 @@ class ToolCall:
     text: str = ""
     failed: bool = False
     milliseconds: float = 0.0
+    refused: bool = False
     shown: Table | Document | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -36,6 +38,7 @@ class ToolCall:
             "text": self.text,
             "failed": self.failed,
             "milliseconds": self.milliseconds,
+            "refused": self.refused,
         }
 
 

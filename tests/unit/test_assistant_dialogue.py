@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_a_tool_that_changes_something_asks_first(context, keyboard, keys, there
     shown, _ = talk(context, keyboard, model, "Delete shopping.txt", *keys)
     assert (context.folder.root / "shopping.txt").exists() is there
     assert seen in shown
+
+
+def test_a_no_is_said_once_and_the_time_to_think_is_not_the_turns(context, keyboard, monkeypatch):
+    model = scripted(call("delete_file", path="shopping.txt"), "Done.")
+    ask = Dialogue.ask
+
+    async def slow(*arguments: Any) -> Any:
+        await asyncio.sleep(2)
+        return await ask(*arguments)
+
+    monkeypatch.setattr(Dialogue, "ask", slow)
+    started = time.perf_counter()
+    shown, dialogue = talk(context, keyboard, model, "Delete shopping.txt", "n")
+    assert shown.count("Not done") == 1 and "Error" not in shown
+    turn = dialogue.assistant.turns[0]
+    assert turn.calls[0].refused and 0 < turn.figures.turn_ms <= (time.perf_counter() - started - 2) * 1000
 
 
 def test_ctrl_c_at_the_question_means_no(context, keyboard):
