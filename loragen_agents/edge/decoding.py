@@ -606,6 +606,7 @@ class _Run:
             read = [*_tokens(only.prompt), *only.tokens][: self._cache.lengths[0]]
             with torch.inference_mode():
                 self._decoder.prefixes.add(read, self._cache.snapshot(0), history=only.history)
+        self._cache = None  # a stream may be kept for long after it was read
 
     def _begin(self) -> None:
         self._forward = self._decoder._forward()

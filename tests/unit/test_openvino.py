@@ -171,13 +171,65 @@ def test_a_cache_folder_that_cannot_be_written_stops_nothing(
     assert "can't be kept" in caplog.text
 
 
+def read(forward: Any, cache: Any, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = forward(torch.tensor([tokens]), cache, torch.tensor([[len(tokens) - 1]]))[0, 0]
+    cache.advance([len(tokens)])
+    return logits
+
+
 def test_a_request_that_ended_is_used_again() -> None:
     forward = Runtime(tiny_model(), "openvino").bind()
-    first = forward.cache(1)
-    request = first.request  # type: ignore[attr-defined]
-    with torch.inference_mode():
-        fresh = forward(torch.tensor([[5, 6]]), first, torch.tensor([[1]]))
-        del first
-        second = forward.cache(1)
-        assert second.request is request  # type: ignore[attr-defined]
-        assert torch.equal(forward(torch.tensor([[5, 6]]), second, torch.tensor([[1]])), fresh)
+    first: Any = forward.cache(1)
+    request = first.lease.request
+    fresh = read(forward, first, [5, 6])
+    del first
+    second: Any = forward.cache(1)
+    assert torch.equal(read(forward, second, [5, 6]), fresh)
+    assert second.lease.request is request
+
+
+def test_what_was_read_is_continued_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several continuations one after another go on in one request; two at a time do not see each other."""
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+    forward = Runtime(tiny_model(), "openvino").bind()
+
+    def fresh(tokens: list[int]) -> Tensor:
+        return read(forward, forward.cache(1), tokens)
+
+    def continued(snapshot: Any, length: int) -> Any:
+        cache = forward.cache(1)
+        cache.fill([snapshot], [length])
+        return cache
+
+    begun: Any = forward.cache(1)
+    read(forward, begun, [5, 6, 7, 8])
+    lease, snapshot = begun.lease, begun.snapshot(0)
+    # The one who read it is still at work there: this is a copy.
+    other = continued(snapshot, 4)
+    assert other.lease is not lease
+    torch.testing.assert_close(read(forward, other, [9]), fresh([5, 6, 7, 8, 9]))
+    begun_again: Any = forward.cache(1)
+    read(forward, begun_again, [5, 6, 7, 8])
+    lease, snapshot = begun_again.lease, begun_again.snapshot(0)
+    del begun_again
+    for length, further in ((4, [10, 11]), (4, [12]), (2, [13, 14, 15])):
+        cache = continued(snapshot.first(length), length)
+        assert cache.lease is lease and cache.slots >= 4
+        torch.testing.assert_close(read(forward, cache, further), fresh([*[5, 6, 7, 8][:length], *further]))
+        after = cache.snapshot(0)
+        del cache
+    last = continued(after, 5)
+    assert last.lease is lease
+    torch.testing.assert_close(read(forward, last, [16]), fresh([5, 6, 13, 14, 15, 16]))
+    # Copied out of the request, past the slots that do not count, it is the same.
+    layers = last.snapshot(0).layers
+    assert layers[0].shape[3] == 6
+    torch.testing.assert_close(layers[0], _states(forward, [5, 6, 13, 14, 15, 16])[0], atol=1e-5, rtol=1e-5)
+
+
+def _states(forward: Any, tokens: list[int]) -> tuple[Tensor, ...]:
+    cache = forward.cache(1)
+    read(forward, cache, tokens)
+    layers: tuple[Tensor, ...] = cache.snapshot(0).layers
+    return layers

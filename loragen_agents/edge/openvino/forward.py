@@ -58,7 +58,7 @@ class OpenVINOForward:
     ) -> Tensor:
         """As `passes.Forward`. Logits are in float32."""
         rows, width = ids.shape
-        request: Request = cache.request
+        request: Request = cache.lease.request
         if layout is None:
             positions = np.array(cache.lengths, dtype=np.int64)[:, None] + np.arange(width)
         else:
@@ -76,8 +76,9 @@ class OpenVINOForward:
         infer = request.infer_request
         for name, array in inputs.items():
             infer.set_tensor(name, ov.Tensor(array, shared_memory=True))
-        infer.infer(None, share_outputs=True)
-        cache.written(positions)
+        with cache.lease.lock:
+            infer.infer(None, share_outputs=True)
+            cache.written(positions)
         wanted = [layer for layer in captured or () if layer in cache.compiled.updated]
         if wanted and captured is not None:
             activations = infer.get_tensor("captured").data
