@@ -1,4 +1,4 @@
-"""`loragen-agents specialize`: a registry file to a PEFT folder with the LoRA weights that hold it."""
+"""`loragen-agents specialize`: a registry file to LoRA weights that hold it, written for one of several runtimes."""
 
 import argparse
 from pathlib import Path
@@ -7,16 +7,28 @@ from typing import Any
 from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_parts, read_tools
 
 NAME = "specialize"
-HELP = "turn a tool registry into LoRA weights and write them as a PEFT folder"
+HELP = "turn a tool registry into LoRA weights and write them for peft, llama.cpp and Ollama, or merged"
+# How the files are loaded, by format.
+_LOAD = {
+    "peft": "load with peft.PeftModel.from_pretrained(model, {out!r})",
+    "gguf": "load with llama-server --lora {out}/adapter.gguf, or ollama create -f {out}/Modelfile",
+    "merged": "load with transformers.AutoModelForCausalLM.from_pretrained({out!r})",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_specialization_options(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the PEFT folder goes")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the files go")
+    parser.add_argument(
+        "--format",
+        default="peft",
+        choices=tuple(_LOAD),
+        help="peft, gguf (llama.cpp, Ollama) or merged (a model)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.models.language_models import gated_ffn_layers
+    from loragen_agents.specialization.exports import export
     from loragen_agents.specialization.specialize import specialize
     from loragen_agents.support.console import print_json, say
     from loragen_agents.support.progress import shown, silent
@@ -27,10 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
         progress("Specialising", None)
         # What this command reports is the work itself, so nothing comes from or goes to the cache.
         made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator, cache=False)
-        made.weights.save_peft(arguments.out, edge.name, [path for path, _ in gated_ffn_layers(edge.model)])
-    size = sum(path.stat().st_size for path in arguments.out.iterdir() if path.is_file())
+        progress("Writing", None)
+        files = export(made, edge, arguments.out, arguments.format)
+    size = sum(path.stat().st_size for path in files)
     report: dict[str, Any] = {
         "out": str(arguments.out),
+        "format": arguments.format,
+        "files": [path.name for path in files],
         "tools": list(registry.names),
         "input_format": registry.input_format,
         "registry_fingerprint": registry.fingerprint,
@@ -57,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         ("models", f"edge {edge.name}, cloud {cloud.name}, generator {arguments.generator}"),
         ("time", f"{report['milliseconds']:.0f} ms to generate and merge"),
         ("weights", f"{report['matrices']} matrices, rank {report['rank']}, {report['parameters']:,} parameters"),
-        ("size", f"{size / 1e6:.1f} MB; load with peft.PeftModel.from_pretrained(model, {str(arguments.out)!r})"),
+        ("files", f"{', '.join(report['files'])} ({size / 1e6:.1f} MB)"),
+        ("use", _LOAD[arguments.format].format(out=str(arguments.out))),
     ]
     for title, text in shown_rows:
         say(f"  {title:<13}{text}")

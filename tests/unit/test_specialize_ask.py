@@ -65,6 +65,20 @@ def test_specialize_says_what_it_did(options, tmp_path, capsys):
     assert "not trained" not in said
 
 
+@pytest.mark.parametrize(
+    ("form", "file", "said"),
+    [
+        ("peft", "adapter_model.safetensors", "PeftModel.from_pretrained(model, '"),
+        ("gguf", "adapter.gguf", "llama-server --lora "),
+        ("merged", "model.safetensors", "AutoModelForCausalLM.from_pretrained('"),
+    ],
+)
+def test_specialize_writes_for_other_runtimes(options, tmp_path, capsys, form, file, said):
+    assert cli.main(["specialize", *options, "--format", form, "--out", str(tmp_path)]) == 0
+    assert said in capsys.readouterr().out
+    assert {file, "grammar.gbnf", "loragen-agents.json"} < {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_ask_shows_a_call(options, capsys, as_json):
     flags = ["--tool-choice", "pick", "--max-tokens", "80"] + ["--json"] * as_json

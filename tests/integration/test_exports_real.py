@@ -1,0 +1,18 @@
+"""Exports of the embedded model write what the specialised model writes, in peft, transformers and llama.cpp."""
+
+from loragen_agents.commands.options import read_tools
+from loragen_agents.generator import LoRAGenerator
+from loragen_agents.models.language_models import load_language_model
+from tests.compare_exports import compare
+
+REQUESTS = ("Convert 5 miles to kilometres", "What is 17 times 23?", "Thank you, that was all.")
+
+
+def test_exports_write_the_same_text(tmp_path):
+    edge = load_language_model(dtype="float32")
+    generator = LoRAGenerator.load("default", cloud=edge, edge=edge)
+    pairs = compare(edge, generator, [(read_tools("assistant"), REQUESTS)], tmp_path, max_tokens=24)
+    for form, both in pairs.items():
+        for ours, theirs in both:
+            assert theirs == ours, form
+    assert any("Action: convert_units" in ours for ours, _ in pairs["gguf"])
