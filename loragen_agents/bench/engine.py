@@ -79,7 +79,7 @@ class ModelSession:
                 (completion,) = decoder.generate([prompt], self._sampling, grammar)
             else:
                 scored = self.model.score(prompt, opening=not turns[-1].steps, scorer=self._scorer)
-                (completion,) = decoder.generate([scored.read], self._sampling, scored.grammar)
+                (completion,) = decoder.generate([scored.read], self._sampling, scored.grammar, updates=scored.updates)
                 completion = scored.completed(completion)
         cost = TurnCost(
             completion.prompt_tokens,
@@ -119,19 +119,13 @@ class ModelSession:
         return renderer.user_turn_text(turns)
 
     def _make_scorer(self) -> ToolScorer:
-        """The scorer of this row's prompts; working out its priors is part of getting ready."""
-        from loragen_agents.edge.tool_choice import NAMES_ALONE, ToolScorer
+        """The scorer of this row's prompts."""
+        from loragen_agents.edge.tool_choice import NameScorer
 
-        started = time.perf_counter()
-        renderer = cast(PromptRenderer, _RowPrompts(self)) if self.row.definitions else self.model.renderer
         if self.row.match:
-            scorer = ToolScorer(self.model.decoder, renderer, self.registry, self.model.match)
-        else:
-            scorer = ToolScorer(self.model.decoder, renderer, self.registry, weights=NAMES_ALONE)
-        if scorer.weights.prior:
-            assert len(scorer.priors) == len(self.registry)
-        self.setup_seconds = (self.setup_seconds or 0.0) + time.perf_counter() - started
-        return scorer
+            return self.model.scorer
+        renderer = cast(PromptRenderer, _RowPrompts(self)) if self.row.definitions else self.model.renderer
+        return NameScorer(self.model.decoder, renderer, self.registry)
 
     def _prefix(self) -> list[int]:
         """What all prompts of this registry begin with."""
@@ -144,7 +138,7 @@ class ModelSession:
 
 
 class _RowPrompts:
-    """What a `ToolScorer` asks of a renderer, with the row's own prompts: priors belong to them."""
+    """What a `NameScorer` asks of a renderer, with the row's own prompts."""
 
     def __init__(self, session: ModelSession) -> None:
         self.user_turn = session._prompt
@@ -208,7 +202,9 @@ class ModelEngine:
                 generator=self._generator(row),
                 cache=False,
             )
-            model, seconds = specialization.model, specialization.seconds
+            # Rows that leave the head out have nothing but the weights to carry the registry.
+            model = specialization.model if row.match else specialization.model.alone
+            seconds = specialization.seconds
         else:
             adapter = self._adapter(row) if row.base.source == "peft" else None
             model = SpecializedLM(self.edge, adapter, registry)

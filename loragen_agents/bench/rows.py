@@ -44,7 +44,7 @@ OPTIONS: dict[str, str] = {
     "cached": "prefix kept in the KV cache",
     "grammar": "held to the registry's grammar",
     "choice": "tool chosen by scoring all names",
-    "match": "tool chosen by names and state match",
+    "match": "tool chosen by the tool head",
 }
 REFERENCE, CACHED_REFERENCE = "definitions", "definitions+cached"
 DEFAULT_ROWS: tuple[str, ...] = (
@@ -101,7 +101,7 @@ class Row:
 
     @property
     def match(self) -> bool:
-        """Whether requests are matched with tools by state too, which is what the product does."""
+        """Whether the tool head chooses, which is what the product does."""
         return "match" in self.options
 
     @property
@@ -126,7 +126,7 @@ def row_from_name(name: str) -> Row:
     if "cached" in options and not base.definitions:
         raise DataError(f"Row {name!r}: only a prompt with definitions has a prefix to keep; leave '+cached' out.")
     if "match" in options and base.source != "generator":
-        raise DataError(f"Row {name!r}: only a generator with a tool memory gives a state match; leave '+match' out.")
+        raise DataError(f"Row {name!r}: only a generator has a tool head; leave '+match' out.")
     if base.source == "embedding" and options:
         raise DataError(f"Row {name!r}: a sentence encoder takes no options; write {base_name!r}.")
     ordered = [option for option in OPTIONS if option in options]

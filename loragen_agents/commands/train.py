@@ -20,20 +20,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.support.console import print_json, say
     from loragen_agents.support.progress import lines, shown, silent
-    from loragen_agents.training.recipe import Recipe, recipe_file
+    from loragen_agents.training.head_recipe import HeadRecipe
+    from loragen_agents.training.head_trainer import train_head
+    from loragen_agents.training.recipe import load_recipe, recipe_file
     from loragen_agents.training.trainer import train
 
     changes = {"steps": arguments.steps, "start_from": arguments.start_from}
     if arguments.data:
         changes["data"] = tuple(arguments.data)
-    recipe = Recipe.load(arguments.recipe)
+    recipe = load_recipe(arguments.recipe)
     given = {name: value for name, value in changes.items() if value is not None}
-    recipe = Recipe.model_validate(recipe.model_dump() | given)
+    recipe = type(recipe).model_validate(recipe.model_dump() | given)
     folder = Path(arguments.out or Path("runs") / recipe_file(arguments.recipe).stem)
     # A run of hours is often started where no terminal is; its log then says how it goes.
     quiet = silent if arguments.json else None if sys.stderr.isatty() else lines()
     with shown(quiet) as progress:
-        weights = train(recipe, folder, resume=arguments.resume, progress=progress)
+        if isinstance(recipe, HeadRecipe):
+            # What an interrupted run has read is found in its folder; the rest takes a minute or two.
+            weights = train_head(recipe, folder, progress=progress)
+        else:
+            weights = train(recipe, folder, resume=arguments.resume, progress=progress)
     if arguments.json:
         print_json({"weights": str(weights), "run": str(folder)})
     else:

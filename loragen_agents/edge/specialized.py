@@ -1,8 +1,10 @@
-"""The specialised edge LM: one registry's LoRA weights merged into a module tree of their own, decoding at bare speed.
+"""The specialised edge LM: one registry's weights on an edge LM, decoding at bare speed.
 
-Of the edge LM only the FFN matrices that the weights change exist a second time; every other tensor is shared with it
-and with all its other specialisations. So registries never see each other, in whatever threads they are served. Where
-the weights come from, and LangChain, are not this module's business.
+Of the edge LM only the FFN matrices that merged weights change exist a second time; every other tensor is shared with
+it and with all its other specialisations. Where a registry has keys, the merged weights are those that carry format and
+task, which registries may share; the keys choose the tool, and the tool's own updates run beside the model while its
+call is written. So registries never see each other, in whatever threads they are served. Where the weights come from,
+and LangChain, are not this module's business.
 """
 
 import threading
@@ -14,26 +16,50 @@ from typing import cast
 from transformers import PreTrainedTokenizerFast
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
-from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.adapter.registry_weights import RegistryWeights
+from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.sampling import Sampling
-from loragen_agents.edge.tool_choice import ToolProbabilities, ToolScorer
+from loragen_agents.edge.tool_choice import KeyScorer, NameScorer, ToolProbabilities, ToolScorer
 from loragen_agents.models.arrangement import arrange_weights
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
 
 
-class SpecializedLM:
-    """An edge LM + LoRA weights + the grammar of a registry. Safe to use from several threads.
+def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None) -> Decoder:
+    """A decoder of a copy of `edge` with the weights merged; what they don't change is shared with `edge`.
 
-    edge: the base; it is left as it is. weights: None gives the bare edge LM. registry: whose steps are decoded.
-    match: what requests are matched with by state, where tools are scored; of the same specialisation.
-    `model`, `decoder` and `renderer` are there for those who need more than a step.
+    Raises:
+        ValueError: the weights are for another model.
+        ModelLoadError: the edge LM can't be cloned or decoded.
+    """
+    model = clone_sharing_tensors(edge.model)
+    if weights is not None:
+        weights.merge_into(model)
+        arrange_weights(model, edge.model)
+    decoder = Decoder(model, edge.tokenizer)
+    # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
+    decoder.stop_token_ids |= frozenset(shared_renderer(edge.tokenizer).end_token_ids)
+    return decoder
+
+
+class SpecializedLM:
+    """An edge LM + the weights of a registry + its grammar. Safe to use from several threads.
+
+    `model`, `decoder` and `renderer` are there for those who need more than a step; `shares_model` says whether the
+    merged model may be that of other registries, too.
+
+    Args:
+        edge: the base; it is left as it is.
+        weights: None gives the bare edge LM. LoRA weights are merged, and names are scored. Of the parts of a
+            registry's weights, those with keys, the shared ones are merged.
+        registry: whose steps are decoded.
+        decoder: of `edge` with these (shared) weights merged, as `merged_decoder` gives it; made here if left out.
 
     Raises:
         ValueError: the weights are for another model.
@@ -44,22 +70,45 @@ class SpecializedLM:
     def __init__(
         self,
         edge: LanguageModel,
-        weights: LoRAWeights | None,
+        weights: LoRAWeights | RegistryWeights | None,
         registry: ToolRegistry,
-        match: ToolMatch | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
-        self.edge, self.weights, self.registry, self.match = edge, weights, registry, match
+        self.edge, self.registry = edge, registry
         self.renderer = shared_renderer(edge.tokenizer)
-        self.model = clone_sharing_tensors(edge.model)
-        if weights is not None:
-            weights.merge_into(self.model)
-            arrange_weights(self.model, edge.model)
-        self.decoder = Decoder(self.model, edge.tokenizer)
-        # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
-        self.decoder.stop_token_ids |= frozenset(self.renderer.end_token_ids)
-        self.scorer = ToolScorer(self.decoder, self.renderer, registry, match)
+        self._parts: RegistryWeights | None = None
+        merged: LoRAWeights | None
+        if isinstance(weights, RegistryWeights):
+            self._parts = weights if weights.keys is not None else None
+            merged = weights.shared if weights.keys is not None else weights.combined()
+        else:
+            merged = weights
+        self.shares_model = decoder is not None
+        self.decoder = decoder or merged_decoder(edge, merged)
+        self.model = self.decoder.model
+        self.scorer: ToolScorer
+        if self._parts is not None and self._parts.keys is not None:
+            self.scorer = KeyScorer(self.decoder, self.renderer, registry, self._parts.keys)
+        else:
+            self.scorer = NameScorer(self.decoder, self.renderer, registry)
         self._grammars: dict[ToolChoice, ToolGrammar] = {}
+        self._alone: SpecializedLM | None = None
         self._lock = threading.Lock()
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether the tool is chosen by the registry's keys."""
+        return self._parts is not None
+
+    @property
+    def alone(self) -> "SpecializedLM":
+        """The same registry by its weights alone: their sum merged, names scored; itself where there are no keys."""
+        if self._parts is None:
+            return self
+        with self._lock:
+            if self._alone is None:
+                self._alone = SpecializedLM(self.edge, self._parts.combined(), self.registry)
+            return self._alone
 
     def stream(
         self,
@@ -73,23 +122,33 @@ class SpecializedLM:
     ) -> "StepCompletionStream":
         """Decode the next step of a conversation, piece by piece: what follows `THOUGHT_QUESTION`.
 
-        grammar: hold the step to the registry's names and schemas; without it, text is free and `tool_choice` unused.
-        score_tools: where the model has to choose among tools, under the grammar and greedily, score all of them (see
-            `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities.
         A step ends behind a tool call (`Observation:` is not part of it), or with the answer.
+
+        Args:
+            grammar: hold the step to the registry's names and schemas; without it, text is free, `tool_choice` unused,
+                and the weights alone carry the registry (see `alone`).
+            score_tools: where the model has to choose among tools, under the grammar, score all of them (see
+                `ToolScorer`) instead of spelling a name; the stream's `tools` has the probabilities. Names are scored
+                for greedy decoding alone. Without it, the weights alone carry the registry.
 
         Raises:
             PromptError: the conversation is no prompt, or too long for the model.
             GrammarError: the registry or the tool choice can't be turned into a grammar.
         """
+        if self._parts is not None and not (grammar and score_tools):
+            return self.alone.stream(
+                turns, sampling, grammar=grammar, tool_choice=tool_choice, score_tools=False, cancel=cancel
+            )
         prompt = self.renderer.user_turn(turns)
         sampling = self._sampling(sampling, grammar)
         if not grammar:
             return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            return StepCompletionStream(self.decoder.stream(prompt, sampling, self.grammar(tool_choice), cancel))
+            held, updates = self.grammar(tool_choice), self._updates(tool_choice)
+            return StepCompletionStream(self.decoder.stream(prompt, sampling, held, cancel, updates))
         scored = self.score(prompt, tool_choice, opening=not turns[-1].steps)
-        return StepCompletionStream(self.decoder.stream(scored.read, sampling, scored.grammar, cancel), scored)
+        stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates)
+        return StepCompletionStream(stream, scored)
 
     def generate(
         self,
@@ -102,27 +161,44 @@ class SpecializedLM:
         cancel: threading.Event | None = None,
     ) -> list[Completion]:
         """Decode the next step of several conversations in batches. Arguments and errors as `stream`."""
+        if self._parts is not None and not (grammar and score_tools):
+            return self.alone.generate(
+                conversations, sampling, grammar=grammar, tool_choice=tool_choice, score_tools=False, cancel=cancel
+            )
         prompts = [self.renderer.user_turn(turns) for turns in conversations]
         sampling = self._sampling(sampling, grammar)
         if not grammar:
             return self.decoder.generate(prompts, sampling, None, cancel)
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            return self.decoder.generate(prompts, sampling, self.grammar(tool_choice), cancel)
+            held, updates = self.grammar(tool_choice), self._updates(tool_choice)
+            return self.decoder.generate(prompts, sampling, held, cancel, updates=updates)
         scored = [
             self.score(prompt, tool_choice, opening=not turns[-1].steps)
             for prompt, turns in zip(prompts, conversations, strict=True)
         ]
-        reads, grammars = [one.read for one in scored], [one.grammar for one in scored]
-        completions = self.decoder.generate(reads, sampling, grammars, cancel)
+        completions = self.decoder.generate(
+            [one.read for one in scored],
+            sampling,
+            [one.grammar for one in scored],
+            cancel,
+            updates=[one.updates for one in scored],
+        )
         return [one.completed(completion) for one, completion in zip(scored, completions, strict=True)]
 
     def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice, cancel: threading.Event | None) -> bool:
         # Nothing is scored for a caller who has gone; decoding then ends before its first token.
         if cancel is not None and cancel.is_set():
             return False
-        if sampling.temperature > 0 or tool_choice not in ("auto", "any"):
+        if tool_choice not in ("auto", "any"):
             return False
-        return len(self.registry) > 1 or self.match is not None
+        if self._parts is not None:
+            return True
+        return sampling.temperature == 0 and len(self.registry) > 1
+
+    def _updates(self, tool: str | None) -> DownUpdates | None:
+        if self._parts is None or tool is None or tool not in self.registry:
+            return None
+        return self._parts.updates(tool)
 
     def score(
         self,
@@ -134,9 +210,11 @@ class SpecializedLM:
     ) -> "ScoredPrompt":
         """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen.
 
-        prompt: ends in `THOUGHT_QUESTION`. tool_choice: "auto" or "any". opening: whether no step was taken in the open
-            turn yet.
-        scorer: in place of the model's own.
+        Args:
+            prompt: ends in `THOUGHT_QUESTION`.
+            tool_choice: "auto" or "any".
+            opening: whether no step was taken in the open turn yet.
+            scorer: in place of the model's own.
         """
         started = time.perf_counter()
         scorer = scorer or self.scorer
@@ -144,7 +222,8 @@ class SpecializedLM:
         tools = scorer(request, opening=opening)
         chosen = tools.best if tool_choice == "any" else tools.chosen
         grammar = self.grammar("none" if chosen is None else chosen)
-        return ScoredPrompt(request.prompt, grammar, tools, time.perf_counter() - started)
+        updates = None if chosen is None else self._updates(chosen)
+        return ScoredPrompt(request.prompt, grammar, updates, tools, time.perf_counter() - started)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.
@@ -168,10 +247,14 @@ class SpecializedLM:
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """A prompt that was read and whose tool is chosen; seconds: what that took."""
+    """A prompt that was read and whose tool is chosen.
+
+    updates: what runs beside the model while the step is written. seconds: what reading and choosing took.
+    """
 
     read: ReadPrompt
     grammar: ToolGrammar
+    updates: DownUpdates | None
     tools: ToolProbabilities
     seconds: float
 

@@ -1,55 +1,25 @@
-"""Which tool a request calls for: names are scored behind `Action:`, and the tools are matched by state.
+"""Which tool a request calls for: by the registry's keys, or by how likely the model finds each tool's name.
 
-It costs no prompt tokens and gives a probability for every tool, and for calling none. What a request looks like inside
-the model (see `ToolMatch`) and what the model would write are two witnesses; how much each counts is in
-`ChoiceWeights`. Knows a decoder and prompts; not how steps are generated.
+It costs no prompt tokens and gives a probability for every tool, and for calling none. Knows a decoder and prompts;
+not how steps are generated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from loragen_agents.adapter.tool_match import ToolMatch
-from loragen_agents.conversation.prompts import PromptRenderer, Turn
+from loragen_agents.adapter.tool_keys import ToolKeys
+from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.react import ACTION, NO_TOOL, USE_TOOL, tool_step_head
 from loragen_agents.edge.decoding import Decoder, ReadPrompt
 from loragen_agents.registry import ToolRegistry
 
-NEUTRAL_REQUESTS = ("", "Hello!", "Please help me.")
-
 _CALL = USE_TOOL + ACTION
-# Tools whose names, were they as likely as their first tokens, would still be less likely than the best by so many nats
-# are not read to the end: at most 1 in 8,000 is what each of them can amount to.
+# Skip tools more than 9 nats behind the best, even if the whole name were as likely as its first token: each of them
+# amounts to at most 1 in 8,000.
 _MARGIN = 9.0
-
-
-@dataclass(frozen=True)
-class ChoiceWeights:
-    """How much each part of the choice counts. Those that are the default were chosen on the dev set.
-
-    prior: share of a name's prior (its score behind requests that call for nothing) that is taken off its score, for
-        names win that are likely as text.
-    match: of the log-probabilities that the state match gives at `Action:`, and where a tool is decided on, both added
-        to those of the names. Names are told apart by domain first; tools of one domain, such as flights with and
-        without a way back, better by the match.
-    decision: share of the state match's log-odds, for some tool against none, in the decision whether a request calls
-        for a tool; the rest is what the model would write, `Yes` or `No`. Pieces in the weights can only say how much a
-        request is like all tools together, the match how much it is like one of them. Once a step was taken, what the
-        model would write decides alone.
-    floor: logit of the likeliest tool, in the match at `Action:`, that speaks neither for a call nor against it; what
-        it has above, or lacks, is added to the match's log-odds of the decision. Not with a single tool.
-    bias: added to the log-odds of a request; above 0, tools are called more readily.
-    """
-
-    prior: float = 0.0
-    match: float = 1.0
-    decision: float = 1.0
-    floor: float = 4.0
-    bias: float = 0.0
-
-
-NAMES_ALONE = ChoiceWeights(match=0.0, decision=0.0, bias=0.0)
 
 
 @dataclass(frozen=True)
@@ -81,29 +51,60 @@ class ReadRequest:
     called: ReadPrompt
 
 
-class ToolScorer:
-    """Scores the tools of one registry with the decoder of its specialised model. Safe to use from several threads.
+class ToolScorer(Protocol):
+    """Gives probabilities of the tools of one registry. Safe to use from several threads."""
+
+    def read(self, prompt: Sequence[int]) -> ReadRequest:
+        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
+
+    def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
+        """Probabilities behind a request that `read` gave.
+
+        Args:
+            request: what `read` gave.
+            opening: whether no step was taken in the open turn yet.
+        """
+
+
+class KeyScorer:
+    """Chooses by the registry's keys: one pass over the prompt with the beginning of a call, and no word of a name.
+
+    Args:
+        decoder: of the model whose weights the keys were made beside.
+        registry: whose tools are chosen from.
+        keys: of these tools, in this order.
+    """
+
+    def __init__(self, decoder: Decoder, renderer: PromptRenderer, registry: ToolRegistry, keys: ToolKeys) -> None:
+        self._decoder, self._names = decoder, registry.names
+        self._keys = keys.to(decoder.model.device)
+        self._call = renderer.encode_text(_CALL)
+
+    def read(self, prompt: Sequence[int]) -> ReadRequest:
+        """See `ToolScorer`."""
+        return ReadRequest(*self._decoder.read_parts([prompt, self._call], capture=self._keys.requests.layers))
+
+    @torch.no_grad()
+    def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
+        """See `ToolScorer`."""
+        prompt, called = request.prompt.activations, request.called.activations
+        assert prompt is not None and called is not None, "the request was read without its activations"
+        logits = self._keys.logits(torch.stack([prompt, called])[None])[0]
+        # The likeliest tool against none, whatever the number of tools.
+        odds = logits[:-1].max() - logits[-1]
+        tools: list[float] = logits[:-1].softmax(dim=0).tolist()
+        return ToolProbabilities(odds.sigmoid().item(), dict(zip(self._names, tools, strict=True)))
+
+
+class NameScorer:
+    """Chooses by how likely the model finds each name behind `Action:`, and `Yes` against `No` before it.
 
     A request mostly takes two passes: the prompt with the beginning of a call, and the step of the tool whose name
     begins most likely. Other names are read where they could still be as likely.
-
-    match: of the same specialisation; without it, what the model would write decides alone.
-    priors: what `priors` of an earlier scorer of the same specialisation gave; worked out when first needed otherwise.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        renderer: PromptRenderer,
-        registry: ToolRegistry,
-        match: ToolMatch | None = None,
-        *,
-        weights: ChoiceWeights | None = None,
-        priors: Sequence[float] | None = None,
-    ) -> None:
-        self.weights = weights or ChoiceWeights()
-        self._decoder, self._renderer, self._registry = decoder, renderer, registry
-        self._match = None if match is None else match.to(decoder.model.device)
+    def __init__(self, decoder: Decoder, renderer: PromptRenderer, registry: ToolRegistry) -> None:
+        self._decoder, self._registry = decoder, registry
         self._call = renderer.encode_text(_CALL)
         self._yes, self._no = (renderer.encode_text(text)[0] for text in (USE_TOOL, NO_TOOL))
         self._steps: dict[str, list[int]] = {}
@@ -115,62 +116,31 @@ class ToolScorer:
             # The token behind a name tells "find" from "find_all".
             behind = len(f"{_CALL} {name}")
             self._names.append([token for token, start in zip(ids, starts, strict=True) if start <= behind][head:])
-        self._priors = list(priors) if priors is not None else None
-
-    @property
-    def priors(self) -> list[float]:
-        """Mean log-probability of each name behind neutral requests, in the registry's order."""
-        if self._priors is None:
-            prompts = [self._renderer.user_turn([Turn(request)]) for request in NEUTRAL_REQUESTS]
-            scores = [self._decoder.score([*prompt, *self._call], self._names) for prompt in prompts]
-            self._priors = torch.tensor(scores).mean(dim=0).tolist()
-        return self._priors
 
     def read(self, prompt: Sequence[int]) -> ReadRequest:
-        """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
-        return ReadRequest(*self._decoder.read_parts([prompt, self._call], capture=self._captured))
+        """See `ToolScorer`."""
+        return ReadRequest(*self._decoder.read_parts([prompt, self._call]))
 
     @torch.no_grad()
     def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
-        """Probabilities behind a request that `read` gave.
+        """See `ToolScorer`."""
+        yes, no = request.prompt.logits[[self._yes, self._no]].float()
+        tools: list[float] = self._scores(request).softmax(dim=0).tolist()
+        return ToolProbabilities((yes - no).sigmoid().item(), dict(zip(self._registry.names, tools, strict=True)))
 
-        opening: whether no step was taken in the open turn yet.
-        """
-        prompt, called, weights = request.prompt, request.called, self.weights
-        yes_no = prompt.logits[[self._yes, self._no]].float()
-        odds = (yes_no[0] - yes_no[1]).item()
-        scores = torch.zeros(len(self._registry))
-        if weights.prior:
-            scores -= weights.prior * torch.tensor(self.priors)
-        if self._match is not None and called.activations is not None:
-            named = self._match.choose(called.activations[:, None])[0]
-            scores += weights.match * named.log_softmax(dim=0).cpu()
-            if opening and prompt.activations is not None:
-                decided = self._match.decide(prompt.activations[:, None])[0]
-                scores += weights.match * decided[:-1].log_softmax(dim=0).cpu()
-                matched = (decided[:-1].logsumexp(dim=0) - decided[-1]).item()
-                # A single tool's key has nothing taken off, and its logits are on another scale.
-                if len(self._registry) > 1:
-                    matched += named.max().item() - weights.floor
-                odds += weights.decision * (matched - odds) + weights.bias
-        tools: list[float] = self._with_names(request, scores).softmax(dim=0).tolist()
-        return ToolProbabilities(
-            torch.tensor(odds).sigmoid().item(), dict(zip(self._registry.names, tools, strict=True))
-        )
-
-    def _with_names(self, request: ReadRequest, scores: torch.Tensor) -> torch.Tensor:
-        """Scores with the log-probabilities of the names added, of hopeless ones with that of their first token."""
+    def _scores(self, request: ReadRequest) -> torch.Tensor:
+        """Log-probabilities of the names; of hopeless ones that of their first token."""
         first = request.called.logits.float().log_softmax(dim=-1).cpu()
-        bounds = scores + first[[name[0] for name in self._names]]
+        bounds = first[[name[0] for name in self._names]]
         likely = int(bounds.argmax())
         totals = bounds.clone()
-        totals[likely] = scores[likely] + self._read_name(request, likely)
+        totals[likely] = self._read_name(request, likely)
         within = bounds > totals[likely] - _MARGIN
         within[likely] = False
         if within.any():
             places = within.nonzero().flatten().tolist()
             names = self._decoder.score(request.called, [self._names[place] for place in places])
-            totals[places] = scores[places] + torch.tensor(names)
+            totals[places] = torch.tensor(names)
         return totals
 
     def _read_name(self, request: ReadRequest, place: int) -> float:
@@ -182,7 +152,3 @@ class ToolScorer:
         before = [request.called, *reads[:-1]]
         scores = torch.stack([read.logits for read in before]).float().log_softmax(dim=-1)
         return scores[range(len(tokens)), tokens].sum().item()
-
-    @property
-    def _captured(self) -> tuple[int, ...]:
-        return self._match.layers if self._match is not None else ()

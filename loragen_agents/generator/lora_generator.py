@@ -5,15 +5,18 @@ nothing of prompts or LangChain: a system prompt is text, and a registry is hand
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
-from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.adapter.registry_weights import RegistryWeights
+from loragen_agents.adapter.tool_keys import ToolKeys
+from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.errors import CheckpointError
@@ -26,91 +29,15 @@ from loragen_agents.generator.checkpoint import (
     resolve,
     write_checkpoint,
 )
+from loragen_agents.generator.config import GeneratorConfig
 from loragen_agents.generator.experts import DirectProjection, ExpertPool, FFNShape, LayerMatrices
 from loragen_agents.generator.memory_writer import MemoryWriter
 from loragen_agents.generator.meta_tokens import MetaTokens
 from loragen_agents.generator.router import Router, gumbel_top_k, keep_top_k, load_loss
+from loragen_agents.generator.tool_head import ToolHead, ToolIndexer
 from loragen_agents.generator.tool_memory import ToolMemory
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """Settings of a generator; the defaults are the paper's (section 4.2 and Table 10) where it gives a figure.
-
-    generation: "meta_token" routes experts, "direct" projects the states straight to weights (Table 9).
-    n_experts, top_k: n and K of Eq. 6. With one expert every gate is 1 and the cloud LM is not used.
-    expert_scope: "shared" is one pool and router for all layers, "per_layer" one of each for every layer.
-    routing: "keep_top_k" (Eq. 6 and 7) or "gumbel_top_k" (Eq. 4 and 5, Table 8).
-    rank, alpha: of the LoRA weights that are generated.
-    load_coefficient: alpha of Eq. 9.
-    router_width: width between f1 and f2 of Eq. 3 (the paper gives none).
-    direct_width: width inside the feed-forward net of the direct variant (the paper gives none).
-    cloud_rank, cloud_alpha, cloud_dropout: of the cloud LM's own LoRA on q and v.
-    memory_layers: how many of the edge LM's last layers hold pieces of the tool memory; 0 is the paper's generator.
-    memory_common_rank, memory_key_rank, memory_value_rank: widths of the memory's maps (see `ToolMemory`).
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    generation: Literal["meta_token", "direct"] = "meta_token"
-    n_experts: int = 8
-    top_k: int = 2
-    expert_scope: Literal["shared", "per_layer"] = "shared"
-    routing: Literal["keep_top_k", "gumbel_top_k"] = "keep_top_k"
-    rank: int = 16
-    alpha: float = 16.0
-    load_coefficient: float = 0.01
-    router_width: int = 256
-    direct_width: int = 64
-    cloud_rank: int = 16
-    cloud_alpha: float = 16.0
-    cloud_dropout: float = 0.05
-    memory_layers: int = 0
-    memory_common_rank: int = 64
-    memory_key_rank: int = 32
-    memory_value_rank: int = 32
-
-    def __post_init__(self) -> None:
-        choices = {
-            "generation": ("meta_token", "direct"),
-            "expert_scope": ("shared", "per_layer"),
-            "routing": ("keep_top_k", "gumbel_top_k"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
-        memory = ("memory_layers", "memory_common_rank", "memory_key_rank", "memory_value_rank")
-        for name in ("n_experts", "top_k", "rank", "router_width", "direct_width", "cloud_rank", *memory):
-            value, least = getattr(self, name), 0 if name == "memory_layers" else 1
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; expected a whole number from {least}")
-        if self.top_k > self.n_experts and self.n_experts > 1:
-            raise ValueError(f"top_k is {self.top_k}, and there are {self.n_experts} experts to choose from")
-        for name in ("alpha", "cloud_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number")
-        if not 0 <= self.cloud_dropout < 1 or self.load_coefficient < 0:
-            raise ValueError("cloud_dropout must lie in [0, 1) and load_coefficient must not be negative")
-
-    @property
-    def uses_cloud(self) -> bool:
-        """Whether a cloud LM has to read the system prompt: not where a single expert leaves nothing to choose."""
-        return self.generation == "direct" or self.n_experts > 1
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "GeneratorConfig":
-        """The inverse of `dataclasses.asdict`.
-
-        Raises:
-            ValueError: there is a setting that this version does not know, or a value out of range.
-        """
-        unknown = sorted(values.keys() - {one.name for one in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown generator settings: {', '.join(unknown)}")
-        return cls(**values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +126,16 @@ class LoRAGenerator(nn.Module):
         self.producer.to(device)
         if self.router is not None:
             self.router.to(device)
+        for name in ("memory_layers", "head_layers"):
+            if getattr(config, name) > self.shape.layers:
+                raise ValueError(f"{name} is {getattr(config, name)}, and the edge LM has {self.shape.layers} layers")
+        self.tool_head: ToolIndexer | None = None
+        if config.head_layers:
+            looked_at = range(self.shape.layers - config.head_layers, self.shape.layers)
+            head = ToolHead(looked_at, self.shape.intermediate, config.head_width)
+            self.tool_head = ToolIndexer(edge, head, keep=0 if config.uses_cloud else 4096)
         self.tool_memory: MemoryWriter | None = None
         if config.memory_layers:
-            if config.memory_layers > self.shape.layers:
-                raise ValueError(
-                    f"memory_layers is {config.memory_layers}, and the edge LM has {self.shape.layers} layers"
-                )
             memory = ToolMemory(
                 range(self.shape.layers - config.memory_layers, self.shape.layers),
                 self.shape.hidden,
@@ -216,6 +147,8 @@ class LoRAGenerator(nn.Module):
             # What is read of a tool can be kept only where the weights beside it are the same for every registry.
             self.tool_memory = MemoryWriter(edge, memory, keep=0 if config.uses_cloud else 128)
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self._shared: tuple[str, LoRAWeights] | None = None
+        self._lock = Lock()
         self.eval()
 
     # Generating
@@ -232,7 +165,7 @@ class LoRAGenerator(nn.Module):
         return self._produce(self._states(system_prompts, merged=False), len(system_prompts))
 
     def generate(self, system_prompt: str, registry: ToolRegistry | None = None) -> LoRAWeights:
-        """LoRA weights for one registry: the same for the same prompt, from one pass of the cloud LM.
+        """LoRA weights for one registry as one sum: the same for the same prompt, from one pass of the cloud LM.
 
         registry: what a generator with a tool memory reads; others have no use for it.
 
@@ -240,20 +173,53 @@ class LoRAGenerator(nn.Module):
             PromptError: the system prompt is longer than the cloud LM's context.
             RuntimeError: the generator is in training mode, in which its output is random.
         """
-        return self.generate_with_match(system_prompt, registry)[0]
+        return self.generate_parts(system_prompt, registry).combined()
 
     @torch.no_grad()
-    def generate_with_match(
-        self, system_prompt: str, registry: ToolRegistry | None = None
-    ) -> tuple[LoRAWeights, ToolMatch | None]:
-        """As `generate`, and what requests are matched with by state; None without a tool memory or tools."""
+    def generate_parts(
+        self,
+        system_prompt: str,
+        registry: ToolRegistry | None = None,
+        *,
+        vectors: Tensor | None = None,
+        shared: LoRAWeights | None = None,
+    ) -> RegistryWeights:
+        """As `generate`, in parts: shared weights, the keys that choose a tool, and each tool's own updates.
+
+        Args:
+            system_prompt, registry: as `generate`.
+            vectors: of the registry's tools, where they are known from before: then no tool is read for the keys.
+            shared: the shared weights, where they are known from before.
+        """
         if self.training:
             raise RuntimeError("the generator is in training mode; call eval() before generate()")
-        weights = self._produce(self._states([system_prompt], merged=True), 1).weights[0]
-        if self.tool_memory is None or not registry:
-            return weights, None
-        pieces, match = self.tool_memory(registry, weights)
-        return weights.concatenate(pieces), match
+        shared = self._shared_weights(system_prompt) if shared is None else shared
+        keys: ToolKeys | None = None
+        if self.tool_head is not None and registry:
+            keys = self.tool_head(registry, shared) if vectors is None else self.tool_head.keys(vectors)
+        memory = self.tool_memory
+        if memory is None or not registry:
+            return RegistryWeights(shared, keys, lambda: shared)
+        tools, beside = registry, shared
+
+        @torch.no_grad()
+        def combined() -> LoRAWeights:
+            return beside.concatenate(memory(tools, beside)[0])
+
+        @torch.no_grad()
+        def updates(tool: str) -> DownUpdates:
+            return DownUpdates.of(memory.each(ToolRegistry([tools[tool]], input_format=tools.input_format), beside)[0])
+
+        return RegistryWeights(shared, keys, combined, updates)
+
+    def _shared_weights(self, system_prompt: str) -> LoRAWeights:
+        """The experts' part for one registry. Where nothing is routed, it is one object until the weights change."""
+        if self.config.uses_cloud:
+            return self._produce(self._states([system_prompt], merged=True), 1).weights[0].detach()
+        with self._lock:
+            if self._shared is None or self._shared[0] != self.fingerprint:
+                self._shared = (self.fingerprint, self._produce(None, 1).weights[0].detach())
+            return self._shared[1]
 
     def encode(self, system_prompt: str) -> list[int]:
         """Token ids of a system prompt as the cloud LM reads it; control tokens in it are plain text.

@@ -15,13 +15,12 @@ from transformers import PreTrainedModel
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
 from loragen_agents.generator.tool_memory import PieceKind, ToolReading
+from loragen_agents.generator.tool_texts import as_request
 from loragen_agents.models.language_models import gated_ffn_layers
 from loragen_agents.registry import InputFormat, Tool
 
 _OPENING = ' {"'
-# Descriptions are instructions, whatever their length: what stands far behind the first lines tells little about when
-# a tool is wanted, and every token is paid for at specialisation.
-MAX_DESCRIPTION = 400
+_MAX_DESCRIPTION = 400
 # Each token of an argument's name adds one to the rank of the weights.
 MAX_ARGUMENTS = 8
 
@@ -42,20 +41,12 @@ class ReadingText:
     lowered: list[int | None]
 
 
-def description_as_request(tool: Tool) -> str:
-    """A tool's description in the place of a user's request: `Please find flights to a city.`"""
-    text = " ".join(tool.description.split())[:MAX_DESCRIPTION].rstrip(". ")
-    if text[:1].isupper() and not text[1:2].isupper():
-        text = text[0].lower() + text[1:]
-    return f"Please {text}."
-
-
 def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat = "json") -> ReadingText:
     """What the edge LM reads of a tool: its description as a request, and the step that calls it.
 
     Argument values are left open: where a value stands in a json input, the argument's name is written in words.
     """
-    prompt = renderer.user_turn([Turn(description_as_request(tool))])
+    prompt = renderer.user_turn([Turn(as_request(tool.description, _MAX_DESCRIPTION))])
     yes, no, opening = (renderer.encode_text(text)[0] for text in (USE_TOOL, NO_TOOL, _OPENING))
     # The step is tokenised as a whole, as it is when a model writes it; parts remember which piece of it is which.
     parts: list[tuple[str, PieceKind | None]] = [
@@ -129,7 +120,7 @@ def read_tools(
     """
     texts = [reading_text(renderer, tool, input_format) for tool in tools]
     readings: list[ToolReading] = []
-    captured = _captured(model, layers, [(text.ids, text.places) for text in texts], max_tokens)
+    captured = captured_at(model, layers, [(text.ids, text.places) for text in texts], max_tokens)
     for text, activations in zip(texts, captured, strict=True):
         directions = _logit_directions(model, text.raised) - _logit_directions(model, text.lowered)
         kinds = torch.tensor([int(kind) for kind in text.kinds])
@@ -137,10 +128,13 @@ def read_tools(
     return readings
 
 
-def _captured(
-    model: PreTrainedModel, layers: Sequence[int], rows: Sequence[tuple[list[int], list[int]]], max_tokens: int
+def captured_at(
+    model: PreTrainedModel, layers: Sequence[int], rows: Sequence[tuple[list[int], list[int]]], max_tokens: int = 2048
 ) -> list[Tensor]:
-    """Inputs of `down_proj` at some places of each row of token ids, with shape (layers, places, intermediate size)."""
+    """Inputs of `down_proj` at some places of each row of token ids, with shape (layers, places, intermediate size).
+
+    Rows of similar length run together, in batches of at most `max_tokens` with padding. No gradients.
+    """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     found: dict[int, Tensor] = {}
     start = 0

@@ -1,7 +1,7 @@
-"""Specialisations on disk: one PEFT folder each, with a manifest that says it is whole. Damaged ones are removed.
+"""Specialisations on disk: a folder each, with a manifest that says it is whole. Damaged ones are removed.
 
-Several processes may use the same cache folder. What the weights mean, and when they are made, is `specialize`'s
-business.
+A folder holds the vectors of a registry's tools, weights as a PEFT folder, or both: what can't be made again in no
+time. Several processes may use the same cache folder. What is kept, and when it is made, is `specialize`'s business.
 """
 
 import hashlib
@@ -12,10 +12,15 @@ import shutil
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from loragen_agents.adapter.lora_weights import LoRAWeights
-from loragen_agents.adapter.tool_match import ToolMatch
 from loragen_agents.errors import CheckpointError
 from loragen_agents.models.language_models import LanguageModel, gated_ffn_layers
 
@@ -28,40 +33,55 @@ BYTES_VARIABLE = "LORAGEN_AGENTS_CACHE_BYTES"
 _ABANDONED_SECONDS = 3600
 _MANIFEST = "specialization.json"
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
-_MATCH = "tool_match.safetensors"
+_VECTORS = "tool_vectors.safetensors"
 
 
-def read(folder: Path) -> tuple[LoRAWeights, ToolMatch | None] | None:
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a specialisation.
+
+    weights: where they depend on the registry or its definitions, else None.
+    vectors: of the registry's tools, with shape (tools, width); None for a generator without a tool head.
+    """
+
+    weights: LoRAWeights | None
+    vectors: Tensor | None
+
+
+def read(folder: Path) -> Kept | None:
     """What is kept in `folder`; None when there is nothing or what is there is damaged (it is removed then)."""
     try:
         if not folder.is_dir():
             return None
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name in (*_FILES, *([_MATCH] if _MATCH in hashes else [])):
+        for name in hashes:
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != hashes[name]:
                 raise CheckpointError(f"{folder / name} has changed since it was written")
-        weights = LoRAWeights.load_peft(folder)
-        match = ToolMatch.load(folder / _MATCH) if _MATCH in hashes else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = LoRAWeights.load_peft(folder) if _FILES[0] in hashes else None
+        vectors = load_file(folder / _VECTORS)["vectors"].float() if _VECTORS in hashes else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("The kept specialisation %s is damaged (%s); it is made again.", folder, error)
         _remove(folder)
         return None
     with suppress(OSError):
         folder.touch()  # the least recently used folders go first
-    return weights, match
+    return Kept(weights, vectors)
 
 
-def write(folder: Path, weights: LoRAWeights, match: ToolMatch | None, edge: LanguageModel) -> None:
+def write(folder: Path, kept: Kept, edge: LanguageModel) -> None:
     """Write the whole folder under a temporary name, then rename it: a reader sees all of it or nothing."""
-    if not weights.tensors:
-        return  # nothing to keep, and PEFT has no way to write it
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    files: list[str] = []
     try:
-        weights.save_peft(temporary, edge.name, [path for path, _ in gated_ffn_layers(edge.model)])
-        files = list(_FILES)
-        if match is not None:
-            match.save(temporary / _MATCH)
-            files.append(_MATCH)
+        temporary.mkdir(parents=True)
+        if kept.weights is not None and kept.weights.tensors:  # PEFT has no way to write an adapter without entries
+            kept.weights.save_peft(temporary, edge.name, [path for path, _ in gated_ffn_layers(edge.model)])
+            files += _FILES
+        if kept.vectors is not None:
+            save_file({"vectors": kept.vectors.to(torch.float16).cpu().contiguous()}, temporary / _VECTORS)
+            files.append(_VECTORS)
+        if not files:
+            return
         hashes = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in files}
         (temporary / _MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
         try:

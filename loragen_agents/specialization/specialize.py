@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
-from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.edge.specialized import SpecializedLM
+from loragen_agents.edge.decoding import Decoder
+from loragen_agents.edge.specialized import SpecializedLM, merged_decoder
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel, cache_folder
 from loragen_agents.registry import ToolRegistry
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # A specialised SmolLM2-135M holds 160 MB of merged FFN weights of its own.
 MEMORY_ENTRIES = 4
+# Larger registries were not measured: with a tool head, and by the weights alone.
+_MEASURED_TOOLS, _MEASURED_TOOLS_ALONE = 1000, 24
 # Goes into the key; raise it when what is written changes.
 _FORMAT = 5
 
@@ -41,7 +44,7 @@ class Specialization:
 
     Args:
         model: the specialised edge LM, ready to decode.
-        weights: the LoRA weights that were merged into it.
+        parts: the weights that it was made of; their sum is `weights`.
         generator: what made it. It stays loaded, and with it both language models, as long as the specialisation is
             kept: the next registry needs them too.
         definition_tokens: tokens of the edge LM's tokenizer that the same definitions and system text would take up in
@@ -52,7 +55,7 @@ class Specialization:
     """
 
     model: SpecializedLM
-    weights: LoRAWeights
+    parts: RegistryWeights
     generator: LoRAGenerator
     registry: ToolRegistry
     system_text: str
@@ -61,19 +64,32 @@ class Specialization:
     source: Literal["generated", "disk", "memory"]
     key: str
 
+    @property
+    def weights(self) -> LoRAWeights:
+        """The sum of all weights, as it is exported to other runtimes; made when it is first asked for."""
+        return self.parts.combined()
+
     @cached_property
     def weights_are_zero(self) -> bool:
         """Whether the LoRA weights change nothing, as those of a generator that was never trained."""
-        return not any(bool(b.any()) for _, b in self.weights.tensors.values())
+        merged = self.weights if self.parts.keys is None else self.parts.shared
+        return not any(bool(b.any()) for _, b in merged.tensors.values())
 
 
 def _own_bytes(made: "Specialization") -> int:
-    """Bytes of the matrices that a specialised model does not share with its edge LM."""
+    """Bytes of the matrices that a specialised model shares with neither its edge LM nor other registries."""
+    own = 0 if made.parts.keys is None else made.parts.keys.vectors.nbytes
+    if made.model.shares_model:
+        return own
     shared = {parameter.data_ptr() for parameter in made.model.edge.model.parameters()}
-    return sum(parameter.nbytes for parameter in made.model.model.parameters() if parameter.data_ptr() not in shared)
+    parameters = made.model.model.parameters()
+    return own + sum(parameter.nbytes for parameter in parameters if parameter.data_ptr() not in shared)
 
 
 _specializations: SharedValues[Specialization] = SharedValues(MEMORY_ENTRIES, _own_bytes)
+# Where the merged weights are the same for every registry, one merged model serves all of them. Each value keeps the
+# edge LM, whose id is part of its key, alive.
+_decoders: SharedValues[tuple[LanguageModel, Decoder]] = SharedValues(MEMORY_ENTRIES)
 
 
 def specialize(
@@ -111,17 +127,21 @@ def specialize(
         with torch.inference_mode(False), torch.no_grad():
             if kept is None:
                 source = "generated"
-                weights, match = generator.generate_with_match(definitions, registry)
-                weights = weights.detach()
+                parts = generator.generate_parts(definitions, registry)
+            elif kept.vectors is not None:
+                parts = generator.generate_parts(definitions, registry, vectors=kept.vectors, shared=kept.weights)
             else:
-                weights, match = kept
-            model = SpecializedLM(edge, weights, registry, match)
+                assert kept.weights is not None
+                parts = RegistryWeights.of(kept.weights)
+            decoder = _shared_decoder(edge, generator, parts) if cache else None
+            model = SpecializedLM(edge, parts, registry, decoder)
         seconds = time.perf_counter() - started if source == "generated" else 0.0
         if cache and source == "generated":
-            _keep(folder, weights, match, edge)
+            _keep(folder, parts, generator, edge)
         probe = [Turn("")]
         definition_tokens = len(renderer.full_react(registry, probe, system_text)) - len(renderer.user_turn(probe))
-        made = Specialization(model, weights, generator, registry, system_text, definition_tokens, seconds, source, key)
+        made = Specialization(model, parts, generator, registry, system_text, definition_tokens, seconds, source, key)
+        _warn_of_size(registry, parts)
         if made.weights_are_zero:
             logger.warning("The generator is untrained: its LoRA weights are zero, and the model is the bare edge LM.")
         return made
@@ -145,12 +165,36 @@ def specializations_in_memory() -> tuple[int, int]:
 def forget_specializations() -> None:
     """Drop the specialised models in memory, and with them what only they hold. Those on disk stay."""
     _specializations.clear()
+    _decoders.clear()
 
 
-def _keep(folder: Path, weights: LoRAWeights, match: ToolMatch | None, edge: LanguageModel) -> None:
+def _shared_decoder(edge: LanguageModel, generator: LoRAGenerator, parts: RegistryWeights) -> Decoder | None:
+    """The decoder of the merged weights, where these are the same for every registry."""
+    if parts.keys is None or generator.config.uses_cloud:
+        return None
+    key = (id(edge), generator.fingerprint)
+    return _decoders.get(key, lambda: (edge, merged_decoder(edge, parts.shared)))[0][1]
+
+
+def _warn_of_size(registry: ToolRegistry, parts: RegistryWeights) -> None:
+    measured = _MEASURED_TOOLS if parts.keys is not None else _MEASURED_TOOLS_ALONE
+    if len(registry) > measured:
+        logger.warning(
+            "The registry has %d tools; the choice of a tool was measured with up to %d. Check the results, or give "
+            "fewer tools.",
+            len(registry),
+            measured,
+        )
+
+
+def _keep(folder: Path, parts: RegistryWeights, generator: LoRAGenerator, edge: LanguageModel) -> None:
     """Write to the disk cache. A disk that is full or can't be written to costs the next process time, nothing else."""
+    if parts.keys is None:
+        kept = disk_cache.Kept(parts.combined(), None)
+    else:
+        kept = disk_cache.Kept(parts.shared if generator.config.uses_cloud else None, parts.keys.vectors)
     try:
-        disk_cache.write(folder, weights, match, edge)
+        disk_cache.write(folder, kept, edge)
     except (OSError, SafetensorError) as error:
         logger.warning(
             "This specialisation can't be kept in %s and will be generated again (%s). Free some space there, or set "

@@ -11,6 +11,7 @@ from loragen_agents.data.options import problems_in_words
 from loragen_agents.errors import DataError
 from loragen_agents.models.language_models import DEFAULT_MODEL
 from loragen_agents.support.content import content_folder
+from loragen_agents.training.head_recipe import HeadRecipe
 
 
 class _Strict(BaseModel):
@@ -72,19 +73,31 @@ class Recipe(_Strict):
         Raises:
             DataError: there is no such file, it is no YAML, or a setting is unknown or out of range.
         """
-        path = recipe_file(name)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} can't be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise DataError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: expected settings, one a line, as `steps: 800`")
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise DataError(f"{path}: {problems_in_words(error)}") from error
+        recipe = load_recipe(name)
+        if not isinstance(recipe, cls):
+            raise DataError(f"{recipe_file(name)} is the recipe of a tool head, not of a generator's weights")
+        return recipe
+
+
+def load_recipe(name: str | Path) -> Recipe | HeadRecipe:
+    """Read a recipe of either kind: that of a tool head says `trains: head`.
+
+    Raises:
+        DataError: as `Recipe.load`.
+    """
+    path = recipe_file(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected settings, one a line, as `steps: 800`")
+    try:
+        return (HeadRecipe if "trains" in content else Recipe).model_validate(content)
+    except ValidationError as error:
+        raise DataError(f"{path}: {problems_in_words(error)}") from error
 
 
 def recipe_file(name: str | Path) -> Path:

@@ -22,7 +22,7 @@ from loragen_agents.cli import main
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import InvalidStep, parse_step
 from loragen_agents.data.gpt4tools_mini_rows import mini_registry
-from loragen_agents.edge.tool_choice import NAMES_ALONE
+from loragen_agents.edge.tool_choice import KeyScorer, NameScorer
 from loragen_agents.errors import DataError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.models.language_models import gated_ffn_layers, load_language_model
@@ -175,20 +175,25 @@ def test_the_nearest_tool_is_chosen(engine: ModelEngine, monkeypatch: pytest.Mon
         session.write([Turn("?")])
 
 
-def test_the_match_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path) -> None:
+def test_the_head_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path) -> None:
     registry = mini_registry("unseen")
-    config = GeneratorConfig(n_experts=1, expert_scope="per_layer", rank=2, memory_layers=2, memory_common_rank=2)
+    config = GeneratorConfig(
+        n_experts=1, expert_scope="per_layer", rank=2, memory_layers=2, memory_common_rank=2, head_layers=2
+    )
     generator = LoRAGenerator(config, None, engine.edge)
-    assert generator.tool_memory is not None
+    assert generator.tool_head is not None
     with torch.no_grad():
-        generator.tool_memory.memory.decision_threshold.fill_(1e4)
+        generator.tool_head.head.none_bias.fill_(1e4)
     folder = generator.save(tmp_path / "memory")
     engine = ModelEngine("gpt4tools", edge=engine.edge.name, weights=[f"lora-gen={folder}"], max_tokens=24)
-    never = engine.open(row_from_name("lora-gen+match"), registry, "").write(TURNS)
-    assert never.text.startswith(" No\nAI:")
-    names = engine.open(row_from_name("lora-gen+choice"), registry, "")
-    assert isinstance(names, ModelSession) and names._scorer is not None and names._scorer.weights == NAMES_ALONE
-    with pytest.raises(DataError, match="only a generator with a tool memory"):
+    never = engine.open(row_from_name("lora-gen+match"), registry, "")
+    assert never.write(TURNS).text.startswith(" No\nAI:")
+    names, plain = (engine.open(row_from_name(f"lora-gen+{option}"), registry, "") for option in ("choice", "grammar"))
+    assert isinstance(never, ModelSession) and isinstance(never._scorer, KeyScorer)
+    assert isinstance(names, ModelSession) and isinstance(names._scorer, NameScorer)
+    # Rows without the head have nothing but the weights: all tools are in them.
+    assert isinstance(plain, ModelSession) and not plain.model.has_keys and not names.model.has_keys
+    with pytest.raises(DataError, match="only a generator has a tool head"):
         row_from_name("definitions+match")
 
 

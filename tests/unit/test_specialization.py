@@ -71,18 +71,42 @@ def test_memory_then_disk(parts, folder):
     assert loaded.model.generate([turns])[0].token_ids == first.model.generate([turns])[0].token_ids
 
 
-def test_what_requests_are_matched_with_is_kept_with_the_weights(parts, folder):
-    config = GeneratorConfig(n_experts=1, expert_scope="per_layer", rank=2, memory_layers=2, memory_common_rank=4)
-    generator = LoRAGenerator(config, None, parts["edge"])
-    first = specialize(REGISTRY, **{**parts, "generator": generator})
+def with_head(parts: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"n_experts": 1, "expert_scope": "per_layer", "rank": 2, "head_layers": 2, "head_width": 4}
+    config = GeneratorConfig(**(given | {"memory_layers": 2, "memory_common_rank": 4} | settings))
+    return {**parts, "generator": LoRAGenerator(config, parts["edge"], parts["edge"])}
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_of_a_registry_with_keys_its_vectors_are_kept(parts, folder, experts):
+    """And the weights only where they depend on the registry."""
+    parts = with_head(parts, n_experts=experts)
+    first = specialize(REGISTRY, **parts)
+    kept = {path.name for path in (folder / first.key).iterdir()} - {"specialization.json"}
+    routed = {"adapter_config.json", "adapter_model.safetensors"}
+    assert kept == {"tool_vectors.safetensors"} | (routed if experts > 1 else set())
     forget_specializations()
-    loaded = specialize(REGISTRY, **{**parts, "generator": generator})
-    assert loaded.source == "disk" and first.model.match is not None and loaded.model.match is not None
-    torch.testing.assert_close(loaded.model.match.decision_keys, first.model.match.decision_keys)
-    kept = folder / first.key / "tool_match.safetensors"
-    kept.write_bytes(kept.read_bytes()[:-1])
+    loaded = specialize(REGISTRY, **parts)
+    assert loaded.source == "disk" and first.parts.keys is not None and loaded.parts.keys is not None
+    assert torch.equal(loaded.parts.keys.vectors, first.parts.keys.vectors)
+    assert_same(loaded.parts.shared, first.parts.shared)
+    assert_same(loaded.weights, first.weights)
+    vectors = folder / first.key / "tool_vectors.safetensors"
+    vectors.write_bytes(vectors.read_bytes()[:-1])
     forget_specializations()
-    assert specialize(REGISTRY, **{**parts, "generator": generator}).source == "generated"
+    assert specialize(REGISTRY, **parts).source == "generated"
+
+
+def test_registries_share_a_merged_model_where_the_weights_are_the_same(parts):
+    one, other = with_head(parts), with_head(parts, n_experts=2)
+    first, second = (specialize(registry, **one) for registry in (REGISTRY, REGISTRY.without("two")))
+    assert first.model.decoder is second.model.decoder and first.model.scorer is not second.model.scorer
+    routed, third = (specialize(registry, **other) for registry in (REGISTRY, REGISTRY.without("two")))
+    assert routed.model.decoder is not third.model.decoder
+    alone = specialize(REGISTRY, **one, cache=False)
+    assert alone.model.decoder is not first.model.decoder
+    forget_specializations()
+    assert specialize(REGISTRY, **one).model.decoder is not first.model.decoder
 
 
 def test_the_key_holds_all_that_the_weights_depend_on(parts, tmp_path):
@@ -99,6 +123,15 @@ def test_the_key_holds_all_that_the_weights_depend_on(parts, tmp_path):
     assert all(variant.source == "generated" for variant in variants)
     assert len({key, *(variant.key for variant in variants)}) == 1 + len(variants)
     assert specialize(ToolRegistry([ONE, TWO]), **parts).key == key
+
+
+def test_a_registry_larger_than_what_was_measured_is_warned_of(parts, monkeypatch, caplog):
+    monkeypatch.setattr(specialization, "_MEASURED_TOOLS", 1)
+    monkeypatch.setattr(specialization, "_MEASURED_TOOLS_ALONE", 2)
+    specialize(REGISTRY, **parts, cache=False)
+    assert not any("measured" in record.message for record in caplog.records)
+    specialize(REGISTRY, **with_head(parts), cache=False)
+    assert any("has 2 tools" in record.message and "up to 1" in record.message for record in caplog.records)
 
 
 def test_without_the_cache_nothing_is_kept(parts, folder):
@@ -161,10 +194,11 @@ def test_what_a_crash_left_behind_does_no_harm(parts, folder):
 
 
 def test_memory_and_disk_are_bounded(parts, folder, monkeypatch):
-    monkeypatch.setattr(disk_cache, "DISK_ENTRIES", 3)
     monkeypatch.setattr(specialization._specializations, "limit", 2)
-    texts = ["a", "b", "c", "d"]
-    made = {text: specialize(REGISTRY, text, **parts) for text in texts}
+    made = {"a": specialize(REGISTRY, "a", **parts)}
+    one = sum(file.stat().st_size for file in (folder / made["a"].key).iterdir())
+    monkeypatch.setenv("LORAGEN_AGENTS_CACHE_BYTES", str(3 * one + one // 2))
+    made |= {text: specialize(REGISTRY, text, **parts) for text in "bcd"}
     assert {path.name for path in folder.iterdir()} == {made[text].key for text in "bcd"}
     assert specialize(REGISTRY, "d", **parts).source == "memory"
     assert specialize(REGISTRY, "c", **parts).source == "memory"
@@ -175,13 +209,13 @@ def test_memory_and_disk_are_bounded(parts, folder, monkeypatch):
 
 def test_threads_make_one_specialisation_once(parts, monkeypatch):
     calls: list[str] = []
-    original = type(parts["generator"]).generate_with_match
+    original = type(parts["generator"]).generate_parts
 
     def generate(self, *args, **kwargs):
         calls.append("generate")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(parts["generator"]), "generate_with_match", generate)
+    monkeypatch.setattr(type(parts["generator"]), "generate_parts", generate)
     made: list[Specialization] = []
     threads = [threading.Thread(target=lambda: made.append(specialize(REGISTRY, **parts))) for _ in range(6)]
     for thread in threads:

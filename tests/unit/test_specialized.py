@@ -109,9 +109,9 @@ def test_free_text_ends_before_the_tools_report(monkeypatch):
     seen = []
     stream = special.decoder.stream
 
-    def watched(prompt, sampling, grammar, cancel):
+    def watched(prompt, sampling, *arguments):
         seen.append(sampling)
-        return stream(prompt, sampling, grammar, cancel)
+        return stream(prompt, sampling, *arguments)
 
     monkeypatch.setattr(special.decoder, "stream", watched)
     special.stream(TURNS, Sampling(stop=("END",)), grammar=False)

@@ -9,10 +9,10 @@ from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.generator.tool_memory import PieceKind, ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import (
     capture_down_proj_inputs,
-    description_as_request,
     read_tools,
     reading_text,
 )
+from loragen_agents.generator.tool_texts import as_request
 from loragen_agents.registry import InputFormat, Tool
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
@@ -181,7 +181,7 @@ def test_a_reading_ends_a_name_where_the_line_ends() -> None:
         (before, first, _), *later = pieces_of(each, "json", PieceKind.NAME_START) + pieces_of(
             each, "json", PieceKind.NAME
         )
-        assert description_as_request(each) in before and before.endswith("tool? Yes\nAction:")
+        assert as_request(each.description) in before and before.endswith("tool? Yes\nAction:")
         assert first + "".join(raised for _, raised, _ in later) == f" {each.name}\n"
 
 

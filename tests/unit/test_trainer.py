@@ -20,7 +20,7 @@ from loragen_agents.support.content import content_folder
 from loragen_agents.training.batches import PARTS
 from loragen_agents.training.episode_model import EpisodeModel, tokenize_episode
 from loragen_agents.training.packing import batches
-from loragen_agents.training.recipe import Recipe
+from loragen_agents.training.recipe import Recipe, load_recipe
 from loragen_agents.training.trainer import train
 from tests.tiny_models import save_tiny_model
 
@@ -231,7 +231,10 @@ def test_the_recipes_that_ship_are_valid():
     files = sorted(content_folder("training").glob("*.yaml"))
     assert {"embedded", "paper", "lora", "lora_definitions"} <= {file.stem for file in files}
     for file in files:
-        recipe = Recipe.load(file)
+        recipe = load_recipe(file)
+        if not isinstance(recipe, Recipe):
+            assert f"train {file.stem} --data" in file.read_text().splitlines()[0]
+            continue
         GeneratorConfig.from_dict(recipe.generator)
         first = file.read_text().splitlines()[0]
         if gpt4tools_samplers(recipe.data, recipe.sampler, recipe.seed) is None:

@@ -1,0 +1,130 @@
+"""What the tool head learns from: texts to read, requests with the tool they call, and registries drawn from all tools.
+
+Everything is read once by the frozen edge LM; a step of training draws registries from what was read. Knows records and
+words; no model and no loss.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.data.augmentation import STYLES, invented_name
+from loragen_agents.data.records import CallRecord, DataSet, Split, ToolRecord
+from loragen_agents.data.wording import joined_request, small_talk, tool_result
+from loragen_agents.generator.tool_texts import TextKind, as_request, in_words, request_texts
+from loragen_agents.registry import Tool
+from loragen_agents.registry.arguments import format_action_input
+from loragen_agents.training.head_recipe import HeadRecipe
+
+CHAT = "chat"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, or what is due behind the steps of one.
+
+    text: index of what is read. tool: index of the tool that is to be called, None where none is.
+    never: tools that no registry holds beside it, because they could serve the request, too.
+    """
+
+    text: int
+    tool: int | None
+    never: frozenset[int]
+    source: str
+    split: Split
+
+
+@dataclass
+class HeadExamples:
+    """Texts, tools and requests; tools and texts are named by their index.
+
+    texts: what is read, each once. tools: records of all tools. tool_texts: for each tool and kind of text, the index
+    of the text, or -1. invented: texts that are invented names. asked: the requests.
+    """
+
+    texts: list[Turn] = field(default_factory=list)
+    tools: list[ToolRecord] = field(default_factory=list)
+    tool_texts: list[list[int]] = field(default_factory=list)
+    invented: list[int] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    _known: dict[Turn, int] = field(default_factory=dict, repr=False)
+
+    def add(self, turn: Turn) -> int:
+        """The index of a text, which is new or was there before."""
+        index = self._known.setdefault(turn, len(self.texts))
+        if index == len(self.texts):
+            self.texts.append(turn)
+        return index
+
+
+def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
+    """Choose requests of each tool, and make what no data set has: small talk, joined requests, later steps."""
+    rng = random.Random(f"head/{recipe.seed}")
+    made = HeadExamples()
+    by_tool: dict[str, dict[str, CallRecord]] = defaultdict(dict)
+    for record in data.calls:
+        if record.calls and len(record.query) <= recipe.max_characters:
+            by_tool[record.calls[0].tool].setdefault(record.query.casefold(), record)
+    chosen = {
+        tool: rng.sample(sorted(rows.values(), key=lambda row: row.query), min(recipe.requests, len(rows)))
+        for tool, rows in sorted(by_tool.items())
+    }
+    uncalled = sorted(data.tools.keys() - chosen.keys())
+    kept = [*chosen, *rng.sample(uncalled, min(recipe.uncalled_tools, len(uncalled)))]
+    kept += sorted({call.tool for rows in chosen.values() for row in rows for call in row.calls} - set(kept))
+    place = {tool: index for index, tool in enumerate(kept)}
+    alike: dict[int, set[int]] = defaultdict(set)
+    for group in data.alike:
+        members = {place[tool] for tool in group if tool in place}
+        for member in members:
+            alike[member] |= members
+    for key in kept:
+        tool = data.tools[key]
+        texts = request_texts(Tool(name=tool.name, description=tool.description, parameters=tool.parameters))
+        made.tools.append(tool)
+        made.tool_texts.append([made.add(Turn(texts[kind])) if kind in texts else -1 for kind in TextKind])
+    names = (invented_name(rng, rng.choice(STYLES)) for _ in range(recipe.invented_names))
+    made.invented = [made.add(Turn(as_request(in_words(name)))) for name in names]
+
+    def ask(turn: Turn, due: Sequence[str], source: str, split: Split) -> None:
+        golds = [place[tool] for tool in due]
+        never = frozenset(golds).union(*(alike[gold] for gold in golds))
+        made.asked.append(Asked(made.add(turn), golds[0] if golds else None, never, source, split))
+
+    rows = [row for tool in chosen.values() for row in tool]
+    for row in rows:
+        ask(Turn(row.query), [call.tool for call in row.calls], row.source, row.split)
+    for turn, due, row in _later(rows, data.tools, recipe.later_steps, rng):
+        ask(turn, due, row.source, row.split)
+    for number in range(recipe.small_talk):
+        ask(Turn(small_talk(rng)[0]), (), CHAT, "dev" if number % 5 == 0 else "train")
+    return made
+
+
+def _later(
+    rows: Sequence[CallRecord], tools: Mapping[str, ToolRecord], count: int, rng: random.Random
+) -> list[tuple[Turn, list[str], CallRecord]]:
+    """Requests behind some steps, and what is due then: of two requests in one, of requests with several calls."""
+    groups: dict[tuple[str, Split], list[CallRecord]] = defaultdict(list)
+    for row in rows:
+        groups[row.source, row.split].append(row)
+    found: list[tuple[Turn, list[str], CallRecord]] = []
+    for _ in range(count):
+        first = rng.choice(rows)
+        calls = list(first.calls)
+        request = first.query
+        if len(calls) == 1 and rng.random() < 0.6:
+            second = rng.choice(groups[first.source, first.split])
+            if second.calls[0].tool != calls[0].tool:
+                request, calls = joined_request(first.query, second.query, rng), [*calls, *second.calls]
+        taken = rng.choice([1, 1, len(calls), len(calls), rng.randint(0, len(calls))]) if calls else 0
+        steps = []
+        for call in calls[:taken]:
+            record = tools[call.tool]
+            tool = Tool(name=record.name, description=record.description, parameters=record.parameters)
+            result = tool_result(record.name, record.description, call.arguments, rng)
+            steps.append(TakenStep(tool.name, format_action_input(tool, call.arguments, "json"), result))
+        found.append((Turn(request, tuple(steps)), [call.tool for call in calls[taken:]], first))
+    return found

@@ -1,0 +1,111 @@
+"""Activations of the frozen edge LM for the head's texts, read once into a memory-mapped file; and a smaller space.
+
+Reading takes most of a head's training; it can be stopped and goes on where it was. Knows texts and the edge LM; what
+is learnt from the activations is `head_trainer`'s business.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.conversation.prompts import PromptRenderer, Turn
+from loragen_agents.generator.tool_head import PLACES, request_row
+from loragen_agents.generator.tool_reading import captured_at
+from loragen_agents.models.clone import clone_sharing_tensors
+from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.support.files import replacing
+from loragen_agents.support.progress import Progress
+
+_BLOCK = 256
+
+
+def read_features(
+    folder: Path,
+    edge: LanguageModel,
+    beside: LoRAWeights,
+    renderer: PromptRenderer,
+    texts: Sequence[Turn],
+    layers: Sequence[int],
+    progress: Progress,
+) -> np.ndarray:
+    """Activations of all texts, float16, with shape (texts, places · layers, intermediate size), mapped from a file.
+
+    Args:
+        folder: where the file is kept; what an interrupted run has read of the same texts is not read again.
+        edge: the edge LM, which stays as it is.
+        beside: the expert weights that are in place.
+    """
+    rows = [request_row(renderer, turn) for turn in texts]
+    width = edge.model.config.get_text_config().intermediate_size
+    shape = (len(rows), PLACES * len(layers), width)
+    digest = hashlib.sha256(json.dumps([rows, list(layers), edge.fingerprint]).encode())
+    for a, b in beside.tensors.values():
+        digest.update(a.float().numpy().tobytes() + b.float().numpy().tobytes())
+    path, note = folder / "features.npy", folder / "features.json"
+    done = 0
+    if path.is_file() and note.is_file():
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        done = kept["done"] if kept["texts"] == digest.hexdigest() else 0
+    features = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, shape)
+    model = clone_sharing_tensors(edge.model)
+    # Merged, the experts cost nothing; the clone leaves the edge LM as it is.
+    beside.merge_into(model)
+    for begin in range(done, len(rows), _BLOCK):
+        progress(f"Reading {len(rows)} texts", begin / len(rows))
+        block = captured_at(model, layers, rows[begin : begin + _BLOCK])
+        for offset, activations in enumerate(block):
+            features[begin + offset] = activations.transpose(0, 1).flatten(0, 1).half().cpu().numpy()
+        features.flush()
+        with replacing(note) as temporary:
+            end = min(begin + _BLOCK, len(rows))
+            temporary.write_text(json.dumps({"texts": digest.hexdigest(), "done": end}), encoding="utf-8")
+    return features
+
+
+@dataclass(frozen=True)
+class Space:
+    """The leading directions of the activations in each slot, and all texts in their coordinates.
+
+    means: (groups, slots, intermediate size); a text's group is its own kind. basis: (slots, intermediate size, k).
+    coordinates: (texts, slots, k), float16, of normalised activations.
+    """
+
+    means: Tensor
+    basis: Tensor
+    coordinates: Tensor
+
+
+def leading_space(features: np.ndarray, groups: Tensor, fit: Tensor, directions: int, progress: Progress) -> Space:
+    """Centre each text by its group's mean, normalise, and keep the leading directions of all, slot by slot.
+
+    Args:
+        features: as `read_features` gives them.
+        groups: the group of each text, from 0 up.
+        fit: indices of the texts that means and directions are taken of.
+        directions: how many are kept, at most.
+    """
+    texts, slots, width = features.shape
+    kept, count = min(directions, width), int(groups.max()) + 1
+    means = torch.zeros(count, slots, width)
+    basis = torch.zeros(slots, width, kept)
+    coordinates = torch.zeros(texts, slots, kept, dtype=torch.float16)
+    for slot in range(slots):
+        progress("Finding the leading directions", slot / slots)
+        x = torch.from_numpy(np.ascontiguousarray(features[:, slot])).float()
+        for group in range(count):
+            own = fit[groups[fit] == group]
+            if len(own):
+                means[group, slot] = x[own].mean(dim=0)
+        x = F.normalize(x - means[groups, slot], dim=-1)
+        _, vectors = torch.linalg.eigh(x[fit].T @ x[fit])
+        basis[slot] = vectors[:, -kept:].flip(-1)
+        coordinates[:, slot] = (x @ basis[slot]).half()
+    return Space(means, basis, coordinates)
