@@ -44,6 +44,8 @@ class SamplerOptions:
         csv: registries with csv inputs (the others take json).
         query_argument: metatool's one argument, the request itself, is kept for a tool; else the tool takes none.
         history: earlier turns before the request.
+        referred: share of first calls of which one value stands in an earlier turn, where the user or a tool gave it.
+        noise: share of requests that are changed as people type them (see `request_noise`).
         failed: share of taken steps whose result is an error before a final answer.
         joined: share of multi-step samples made by joining two requests instead of a row with several calls.
     """
@@ -89,6 +91,8 @@ class SamplerOptions:
     csv: Probability = 0.3
     query_argument: Probability = 0.2
     history: Probability = 0.12
+    referred: Probability = 0.0
+    noise: Probability = 0.0
     failed: Probability = 0.1
     joined: Probability = 0.5
 

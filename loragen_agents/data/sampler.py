@@ -18,6 +18,7 @@ from loragen_agents.data.episodes import Episode, Kind, Sample
 from loragen_agents.data.options import SamplerOptions
 from loragen_agents.data.overlap import Overlap
 from loragen_agents.data.records import Call, CallRecord, DataSet, Split, repair
+from loragen_agents.data.request_noise import noisy
 from loragen_agents.data.views import View, draw_views, weighted
 from loragen_agents.errors import ArgumentError, DataError
 from loragen_agents.registry import InputFormat, ToolRegistry
@@ -261,7 +262,7 @@ class RegistrySampler:
             row = rng.choice(self._rows[rng.choice(missing)])
             if len(row.calls) > 1:
                 return None
-            turns = self._with_history(Turn(row.query), rows, views, form, rng)
+            turns = self._with_history(Turn(self._typed(row, rng)), rows, views, form, rng)
             return Sample(turns, wording.unserved_answer(rng), kind, row.source)
         if not rows:
             return None
@@ -280,8 +281,34 @@ class RegistrySampler:
                 turns = self._with_history(Turn(row.query, taken), rows, views, form, rng)
                 return Sample(turns, answer, kind, row.source)
         call = row.calls[len(taken)]
-        turns = self._with_history(Turn(row.query, taken), rows, views, form, rng)
-        return Sample(turns, views[call.tool].gold(call), kind, row.source, call.tool)
+        gold = views[call.tool].gold(call)
+        referring = self._referring(row, rows, views, form, rng) if kind == "call" else None
+        turns = referring or self._with_history(Turn(self._typed(row, rng), taken), rows, views, form, rng)
+        return Sample(turns, gold, kind, row.source, call.tool)
+
+    def _typed(self, row: CallRecord, rng: random.Random) -> str:
+        """A row's request, with some probability as people type it."""
+        # Without a share nothing is drawn, so that episodes stay what they were.
+        if not self.options.noise or rng.random() >= self.options.noise:
+            return row.query
+        return noisy(row.query, [value for call in row.calls for value in call.arguments.values()], rng)
+
+    def _referring(
+        self, row: CallRecord, rows: list[CallRecord], views: Mapping[str, View], form: InputFormat, rng: random.Random
+    ) -> tuple[Turn, ...] | None:
+        """Turns of which an earlier one holds a value of the call, said by the user or reported by a tool."""
+        if not self.options.referred or len(row.calls) > 1 or rng.random() >= self.options.referred:
+            return None
+        values = [value for value in row.calls[0].arguments.values() if isinstance(value, str) and len(value) > 2]
+        made = wording.referred(row.query, rng.choice(values), rng) if values else None
+        if made is None:
+            return None
+        request, (said, answer), (observed, told) = made
+        before = rng.choice(rows)
+        if rng.random() < 0.5 or len(before.calls) > 1 or before.query == row.query:
+            return (Turn(said, (), answer), Turn(request))
+        (step,) = self._take(before.calls, views, form, False, rng)
+        return (Turn(before.query, (replace(step, observation=observed),), told), Turn(request))
 
     def _draw_row(self, rows: list[CallRecord], kind: Kind, rng: random.Random) -> CallRecord | None:
         """A row for a sample of this kind, by tool first and then by row."""

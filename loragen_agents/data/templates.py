@@ -23,6 +23,7 @@ SOURCE = "computer"
 MIN_TEMPLATES = 20
 _NOT_DOMAINS = {"values", "frames", "patterns"}
 _SLOT = re.compile(r"\{(\w+)\}")
+_GIVEN = " => "
 _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 
 
@@ -90,11 +91,33 @@ class TemplatedTool:
         return ToolRecord(self.id, self.name, self.about, self.domain, SOURCE, self.split, parameters)
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """A value that is said in other words than a call gives it."""
+
+    said: str
+    given: str | int | float | bool
+
+    @classmethod
+    def read(cls, text: str) -> "Spoken":
+        """Read `said => given`; numbers, true and false are given as such."""
+        said, _, given = text.partition(_GIVEN)
+        return cls(said.strip(), _plain(given))
+
+    def __str__(self) -> str:
+        return self.said
+
+
+def _given_type(value: Any) -> type:
+    return type(value.given) if isinstance(value, Spoken) else type(value)
+
+
 class ValueBook:
     """Named lists of slot values: texts, which may hold slots of other lists, or numbers.
 
     Args:
         lists: `name: [value, ...]`, `name: {from: 1, to: 60, step: 5}` for numbers, or `name: "one | two | three"`.
+            Where people say a value otherwise than a call gives it, `said => given`: `half past seven => 07:30`.
 
     Raises:
         DataError: a list is empty, of mixed types, or refers to one that does not exist.
@@ -119,7 +142,9 @@ class ValueBook:
             count = int((last - first) / step + 1e-9) + 1
             value = [first + index * step for index in range(count)]
             value = [round(item, 6) if isinstance(item, float) else item for item in value]
-        if not isinstance(value, list) or not value or len({type(item) for item in value}) != 1:
+        if isinstance(value, list):
+            value = [Spoken.read(item) if isinstance(item, str) and _GIVEN in item else item for item in value]
+        if not isinstance(value, list) or not value or len({_given_type(item) for item in value}) != 1:
             raise DataError(f"values.yaml: {name!r} must be a list of values of one type, 'a | b' or from/to/step")
         return value
 
@@ -128,10 +153,10 @@ class ValueBook:
 
     def type_of(self, name: str) -> str:
         """JSON type of a list's values."""
-        return {str: "string", int: "integer", float: "number"}[type(self._lists[name][0])]
+        return {str: "string", int: "integer", float: "number", bool: "boolean"}[_given_type(self._lists[name][0])]
 
     def draw(self, name: str, rng: random.Random) -> Any:
-        """Draw a value, slots in it filled."""
+        """Draw a value, slots in it filled; a `Spoken` one as it is."""
         value = rng.choice(self._lists[name])
         if not isinstance(value, str):
             return value
@@ -183,14 +208,17 @@ def _read_fixed(part: str, where: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
     if not equals:
         raise DataError(f"{where}: expected 'argument=value' behind '||', got {part!r}")
-    value = value.strip()
-    if re.fullmatch(r"-?\d+", value):
-        return name.strip(), int(value)
-    if re.fullmatch(r"-?\d+\.\d+", value):
-        return name.strip(), float(value)
-    if value in ("true", "false"):
-        return name.strip(), value == "true"
-    return name.strip(), value.strip('"')
+    return name.strip(), _plain(value)
+
+
+def _plain(text: str) -> str | int | float | bool:
+    """A value as it is written in these files; quotes keep a number a text."""
+    text = text.strip()
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if re.fullmatch(r"-?\d+\.\d+", text):
+        return float(text)
+    return text == "true" if text in ("true", "false") else text.strip('"')
 
 
 def _pattern_lines(use: str, patterns: dict[str, str], where: str) -> list[str]:
@@ -275,7 +303,8 @@ def fill(
         text = text[:-1]
     # A value may end in a full stop of its own.
     text = re.sub(r"([.!?])[.?]$", r"\1", _SLOT.sub(lambda match: str(values[match[1]]), text))
-    given = {**values, **dict(template.fixed)}
+    written = {name: value.given if isinstance(value, Spoken) else value for name, value in values.items()}
+    given = {**written, **dict(template.fixed)}
     ordered = {argument.name: given[argument.name] for argument in tool.arguments if argument.name in given}
     return CallRecord(text, (Call(tool.id, ordered),), SOURCE, tool.split)
 

@@ -4,6 +4,7 @@ The phrases stand in `phrases/*.yaml`; this module draws from them. It knows not
 """
 
 import random
+import re
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -51,6 +52,22 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
     slots = rng.choice(group.get("slots", [{}]))
     user, answer = (rng.choice(group[side].splitlines()) for side in ("user", "ai"))
     return user.format(**slots), answer.format(**slots)
+
+
+def referred(request: str, value: str, rng: random.Random) -> tuple[str, tuple[str, str], tuple[str, str]] | None:
+    """Let a request point to a value that an earlier turn holds.
+
+    Returns:
+        The request with a pointer in the value's place, what the user said before and the answer to it, and the same
+        value as a tool's result and the answer that tells it; None where the value does not stand in the request once.
+    """
+    book = phrases("referred")
+    if len(re.findall(rf"(?<!\w){re.escape(value)}(?!\w)", request)) != 1:
+        return None
+    pointing = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", rng.choice(book["pointers"]), request)
+    said, answer = (text.format(value=value) for text in rng.choice(book["said"]))
+    observed, told = (rng.choice(book[part]).format(value=value) for part in ("observed", "told"))
+    return pointing, (said, answer), (observed, told)
 
 
 def _kind(name: str, description: str) -> str:

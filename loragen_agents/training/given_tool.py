@@ -19,7 +19,7 @@ from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.argument_notes import argument_notes
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.react import ACTION, ACTION_INPUT, OBSERVATION_STOP, USE_TOOL, format_action_input
-from loragen_agents.data.episodes import Episode, GoldCall
+from loragen_agents.data.episodes import Episode, GoldCall, Sample
 from loragen_agents.data.value_kinds import value_spans
 from loragen_agents.generator.memory_writer import MemoryWriter
 from loragen_agents.registry import ToolRegistry
@@ -84,7 +84,7 @@ def given_episode(
         ids, starts = renderer.encode_with_starts(f"{head} {written}{OBSERVATION_STOP}")
         # The end of the line alone is learnt, as in decoding: what follows is the tool's.
         first = next(index for index, start in enumerate(starts) if start >= len(head))
-        said = " ".join([turn.request for turn in sample.turns] + [s.observation for s in sample.turns[-1].steps])
+        said = "\n".join(_said(sample))
         spans = value_spans(tool, gold.arguments, written, said)
         kinds = []
         for start, end in zip(starts[first:], [*starts[first + 1 :], len(head) + 1 + len(written)], strict=True):
@@ -98,6 +98,14 @@ def given_episode(
         if len(made.input_ids) <= max_tokens:
             samples.append(made)
     return GivenEpisode(registry, tuple(samples))
+
+
+def _said(sample: Sample) -> Iterator[str]:
+    """All that a conversation holds and a value can be copied from."""
+    for turn in sample.turns:
+        yield turn.request
+        yield from (step.observation for step in turn.steps)
+        yield turn.answer or ""
 
 
 class GivenToolLoss:

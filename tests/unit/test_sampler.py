@@ -17,6 +17,7 @@ from loragen_agents.data.episodes import Episode, target_parts, target_text
 from loragen_agents.data.options import SamplerOptions
 from loragen_agents.data.overlap import Overlap
 from loragen_agents.data.records import Call, CallRecord, DataSet, ToolRecord
+from loragen_agents.data.request_noise import noisy
 from loragen_agents.data.sampler import RegistrySampler
 from loragen_agents.data.views import draw_names
 from loragen_agents.errors import DataError
@@ -317,3 +318,52 @@ def test_tools_that_the_data_calls_alike_never_share_a_registry():
         held = set(drawn.episode(index).tool_ids)
         for gold in golds:
             assert not any((held - {gold}) & group for group in groups if gold in group)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_noise_leaves_values_whole_and_changes_the_rest(seed):
+    request, values = "Send the Draft Report to Anna Keller on Friday.", ["Draft Report", "Anna Keller", 5, ["Friday"]]
+    typed = noisy(request, values, random.Random(seed))
+    assert all(value in typed for value in ("Draft Report", "Anna Keller", "Friday"))
+    assert abs(len(typed) - len(request)) < 30
+
+
+def test_noise_changes_most_requests():
+    request = "Send the Draft Report to Anna Keller on Friday."
+    typed = {noisy(request, ["Anna Keller"], random.Random(seed)) for seed in range(50)}
+    assert len(typed - {request}) > 10
+    assert any(text[:4].islower() for text in typed)
+
+
+def test_a_request_may_point_to_a_value_that_an_earlier_turn_holds():
+    tools, calls = {}, []
+    for number in range(4):
+        tool = make_tool(number, "s", "d")
+        tool = replace(tool, parameters={"type": "object", "properties": {"object": {"type": "string"}}})
+        tools[tool.id] = tool
+        calls += [CallRecord(f"{own_words(tool.id)} {w}", (Call(tool.id, {"object": w}),), "s", "train") for w in WORDS]
+    options = SamplerOptions(referred=1.0, kinds={"call": 1.0}, history=0.0, sources={"s": 1.0}, tools=((3, 4, 1.0),))
+    drawn = RegistrySampler(DataSet(tools, tuple(calls)), seed=3, options=options)
+    pointing = []
+    for sample in (sample for index in range(6) for sample in drawn.episode(index).samples):
+        assert not isinstance(sample.gold, str)
+        (earlier, asked), (value,) = sample.turns, sample.gold.arguments.values()
+        held = " ".join([earlier.request, *(step.observation for step in earlier.steps)])
+        assert value in held
+        assert value not in asked.request.split()
+        pointing.append(bool(earlier.steps))
+    assert set(pointing) == {True, False}
+
+
+def test_a_value_is_pointed_to_only_where_it_stands_once():
+    rng = random.Random(0)
+    assert wording.referred("move it from hall to hall", "hall", rng) is None
+    assert wording.referred("paint the hallway", "hall", rng) is None
+    made = wording.referred("paint the hall red", "hall", rng)
+    assert made is not None
+    request, (said, _), (observed, told) = made
+    assert "hall" not in request
+    assert "hall" in said
+    assert "hall" in observed
+    assert "hall" in told

@@ -162,3 +162,24 @@ def test_descriptions_become_requests_that_state_every_argument(tmp_path):
         assert all(states(record.query, value) for value in gold.arguments.values()), record
         assert "the length of a bridge" in record.query
         assert not set("<>{}") & set(record.query)
+
+
+def test_values_may_be_said_in_other_words_than_they_are_given(tmp_path):
+    args = "{name: who - a person, count: dozens - n, sure: certain - ok}"
+    folder = write_folder(tmp_path, domain("    {name}, {count} of them, {sure}", args=args))
+    with (folder / "values.yaml").open("a") as file:
+        file.write('dozens: [a dozen => 12, "7 => 7"]\ncertain: [sure => true]\n')
+    data = build_computer_tools(copies=40, folder=folder)
+    (tool,) = data.tools.values()
+    assert [schema["type"] for schema in tool.properties.values()] == ["string", "integer", "boolean"]
+    rows = {record.query: record.calls[0].arguments for record in data.calls}
+    assert rows["Ann, a dozen of them, sure"] == {"name": "Ann", "count": 12, "sure": True}
+    assert rows["Bob, 7 of them, sure"] == {"name": "Bob", "count": 7, "sure": True}
+
+
+def test_converted_values_must_be_of_one_type(tmp_path):
+    folder = write_folder(tmp_path, domain())
+    with (folder / "values.yaml").open("a") as file:
+        file.write("mixed: [a dozen => 12, some => many]\n")
+    with pytest.raises(DataError, match="mixed"):
+        build_computer_tools(folder=folder)
