@@ -14,8 +14,8 @@ from typing import Protocol
 from loragen_agents.bench.results import Record, RunFolder
 from loragen_agents.bench.rows import Row
 from loragen_agents.bench.tasks import BenchSample, Task, Written, step_record
-from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
-from loragen_agents.conversation.react import OBSERVATION_STOP, Answer, Step, parse_step
+from loragen_agents.conversation.prompts import TakenStep, Turn
+from loragen_agents.conversation.react import OBSERVATION_STOP, Answer, Step, observation_text, parse_step
 from loragen_agents.registry import ToolRegistry
 
 # Of a large registry a record holds the likeliest tools only.
@@ -87,7 +87,7 @@ def _write(session: Session, sample: BenchSample) -> tuple[Written, list[Step]]:
         last = replace(last, steps=(*last.steps, TakenStep(step.action, step.action_input, report)))
         written = session.write((*earlier, last))
         steps.append(_step(written, sample))
-        text = f"{text}{OBSERVATION_STOP} {report}\n{THOUGHT_QUESTION}{written.text}"
+        text = f"{text}{OBSERVATION_STOP}{observation_text(report)}{written.text}"
     return replace(first, text=text, finish=written.finish), steps
 
 

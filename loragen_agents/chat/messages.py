@@ -26,6 +26,7 @@ from langchain_core.utils.json import parse_partial_json
 
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.conversation.react import InvalidStep, Step, ToolStep, format_action_input
+from loragen_agents.conversation.stop_texts import cut_at_first, held_back
 from loragen_agents.errors import ArgumentError, PromptError
 from loragen_agents.registry import ToolRegistry
 
@@ -303,16 +304,9 @@ class AnswerText:
         """Take the next piece; return what of it can be sent."""
         if self.stopped:
             return ""
-        self._held += delta
-        ends = [place for place in (self._held.find(stop) for stop in self.stops) if place >= 0]
-        if ends:
-            self.stopped = True
-            ready = self._held[: min(ends)]
-            self._held = ""
-        else:
-            lengths = (n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-            ready = self._held[: len(self._held) - max(lengths, default=0)]
-            self._held = self._held[len(ready) :]
+        ready, self.stopped = cut_at_first(self._held + delta, self.stops)
+        length = 0 if self.stopped else held_back(ready, self.stops)
+        ready, self._held = ready[: len(ready) - length], ready[len(ready) - length :]
         self.text += ready
         return ready
 

@@ -14,10 +14,10 @@ users and tools can write the same lines, is no business of this module. Nor is 
 
 import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loragen_agents.conversation.stop_texts import cut_at_first, held_back
 from loragen_agents.errors import ArgumentError
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.registry.arguments import bind_arguments, format_action_input
@@ -44,6 +44,7 @@ __all__ = [
     "answer_text",
     "bind_arguments",
     "format_action_input",
+    "observation_text",
     "parse_step",
     "tool_step_head",
     "tool_step_text",
@@ -128,6 +129,11 @@ def tool_step_text(action: str, action_input: str) -> str:
     return f"{tool_step_head(action)} {action_input}{OBSERVATION_STOP}"
 
 
+def observation_text(observation: str) -> str:
+    """What follows a tool call: the tool's report, and the question that opens the next step."""
+    return f" {observation}\n{THOUGHT_QUESTION}"
+
+
 def answer_text(answer: str) -> str:
     """What follows `THOUGHT_QUESTION` where the user is answered."""
     return f"{NO_TOOL}{ANSWER} {answer}"
@@ -144,7 +150,7 @@ def parse_step(generated: str, registry: ToolRegistry, *, cut_off: bool = False)
         return _parse_tool_step(generated, head.end(), registry, cut_off)
     head = _ANSWER_HEAD.match(generated)
     if head:
-        return Answer(_cut(generated[head.end() :], _ANSWER_ENDS)[0].strip())
+        return Answer(cut_at_first(generated[head.end() :], _ANSWER_ENDS)[0].strip())
     return InvalidStep(
         generated, None, None, "expected 'Yes' with an 'Action:' line, or 'No' with an 'AI:' line, after the thought"
     )
@@ -156,9 +162,9 @@ def _parse_tool_step(generated: str, start: int, registry: ToolRegistry, cut_off
         action = generated[start:].partition("\n")[0].strip() or None
         return InvalidStep(generated, action, None, "no 'Action Input:' line follows the action")
     action = head.group(1).strip()
-    body, closed = _cut(generated[head.end() :], _INPUT_ENDS)
+    body, closed = cut_at_first(generated[head.end() :], _INPUT_ENDS)
     if not closed:
-        body = body[: len(body) - _begun(body, _INPUT_ENDS)]
+        body = body[: len(body) - held_back(body, _INPUT_ENDS)]
     action_input = body.strip()
     if action not in registry:
         return InvalidStep(generated, action or None, action_input, _unknown(action, registry))
@@ -175,21 +181,6 @@ def _unknown(action: str, registry: ToolRegistry) -> str:
     near = difflib.get_close_matches(action, registry.names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"there is no tool {action[:80]!r} among the {len(registry)} tools{hint}"
-
-
-def _cut(text: str, ends: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first of `ends`, and whether there was one."""
-    places = [place for place in (text.find(end) for end in ends) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)
-
-
-def _begun(text: str, ends: Sequence[str]) -> int:
-    """Length of the longest tail of `text` with which one of `ends` begins."""
-    longest = max(map(len, ends)) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(end.startswith(text[-length:]) for end in ends):
-            return length
-    return 0
 
 
 class StepStream:
@@ -247,10 +238,10 @@ class StepStream:
     def _read_part(self, events: list[StepEvent], final: bool) -> None:
         assert self._delta is not None
         rest = self.text[self._sent :]
-        ready, self.finished = _cut(rest, self._ends)
+        ready, self.finished = cut_at_first(rest, self._ends)
         # Held back: what may be the beginning of a closing line. At the end of an answer it was not; an input loses it.
         if not self.finished and not (final and self._delta is AnswerDelta):
-            ready = ready[: len(ready) - _begun(ready, self._ends)]
+            ready = ready[: len(ready) - held_back(ready, self._ends)]
         if not self._begun_part:
             stripped = ready.lstrip()
             self._sent += len(ready) - len(stripped)

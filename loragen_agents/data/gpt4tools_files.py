@@ -18,7 +18,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
+from loragen_agents.conversation.react import (
+    ACTION,
+    ACTION_INPUT,
+    OBSERVATION_STOP,
+    THOUGHT_QUESTION,
+    USE_TOOL,
+    answer_text,
+    tool_step_text,
+)
+from loragen_agents.conversation.turns import TakenStep, Turn
 from loragen_agents.errors import DataError
 from loragen_agents.registry import Tool, ToolRegistry
 from loragen_agents.support.content import content_folder
@@ -33,10 +42,10 @@ _COUNT = re.compile(r"comma[- ]separated string of (two|three|four)", re.IGNOREC
 _COUNTS = {"two": 2, "three": 3, "four": 4}
 _SPEAKER = re.compile(r"^(Human|AI): ?", re.MULTILINE)
 _STEP = re.compile(
-    rf"{re.escape(THOUGHT_QUESTION)} Yes\s*\n"
-    r"Action: (?P<action>[^\n]*)\n"
-    r"Action Input: (?P<input>[^\n]*)"
-    rf"(?:\nObservation:(?P<observation>(?:(?!{re.escape(THOUGHT_QUESTION)})[\s\S])*))?"
+    rf"{re.escape(THOUGHT_QUESTION + USE_TOOL)}\s*"
+    rf"{ACTION} (?P<action>[^\n]*)"
+    rf"{ACTION_INPUT} (?P<input>[^\n]*)"
+    rf"(?:{OBSERVATION_STOP}(?P<observation>(?:(?!{re.escape(THOUGHT_QUESTION)})[\s\S])*))?"
 )
 
 
@@ -215,6 +224,7 @@ def _known_parameters() -> dict[str, dict[str, Any]]:
 
 def _instruction(registry: ToolRegistry, turns: Sequence[Turn]) -> str:
     names = ", ".join(registry.names)
+    step = tool_step_text(f"the action to take, should be one of [{names}]", "the input to the action")
     lines = [
         "GPT4Tools helps with pictures and answers questions. It sees pictures through its tools alone.",
         "TOOLS:",
@@ -227,17 +237,13 @@ def _instruction(registry: ToolRegistry, turns: Sequence[Turn]) -> str:
         "To use a tool, please use the following format:",
         "",
         "```",
-        f"{THOUGHT_QUESTION} Yes",
-        f"Action: the action to take, should be one of [{names}]",
-        "Action Input: the input to the action",
-        "Observation: the result of the action",
+        f"{THOUGHT_QUESTION}{step} the result of the action",
         "```",
         "",
         "An answer without a tool has this format:",
         "",
         "```",
-        f"{THOUGHT_QUESTION} No",
-        "AI: [your response here]",
+        f"{THOUGHT_QUESTION}{answer_text('[your response here]')}",
         "```",
         "",
         "File names are taken from the conversation and never made up.",
@@ -253,12 +259,8 @@ def _instruction(registry: ToolRegistry, turns: Sequence[Turn]) -> str:
         f"What the tools report is shown to GPT4Tools alone. {_CLOSING}",
         "",
     ]
-    for step in turns[-1].steps:
-        lines[-1:] = [
-            f"{THOUGHT_QUESTION} Yes",
-            f"Action: {step.action}",
-            f"Action Input: {step.action_input}",
-            f"Observation: {step.observation}",
-            "",
-        ]
-    return "\n".join(lines)
+    steps = [
+        f"{THOUGHT_QUESTION}{tool_step_text(step.action, step.action_input)} {step.observation}\n"
+        for step in turns[-1].steps
+    ]
+    return "\n".join(lines) + "".join(steps)

@@ -27,13 +27,13 @@ from typing import Any, Literal
 
 import yaml
 
+from loragen_agents.conversation.react import THOUGHT_QUESTION, answer_text, tool_step_text
 from loragen_agents.errors import DataError
 
 Part = Literal["train", "seen", "unseen"]
 Kind = Literal["positive", "context", "finished", "negative"]
 PARTS: tuple[Part, ...] = ("train", "seen", "unseen")
 
-_QUESTION = "Thought: Do I need to use a tool?"
 _SLOT = re.compile(r"\{([a-z])\}")
 
 
@@ -280,11 +280,11 @@ def _opening(path: str, caption: str) -> str:
 
 
 def _step_output(name: str, action_input: str) -> str:
-    return f"{_QUESTION} Yes\nAction: {name}\nAction Input: {action_input}\nObservation:"
+    return THOUGHT_QUESTION + tool_step_text(name, action_input)
 
 
 def _answer_output(answer: str) -> str:
-    return f"{_QUESTION} No\nAI: {answer}"
+    return THOUGHT_QUESTION + answer_text(answer)
 
 
 def _hash(text: str) -> int:

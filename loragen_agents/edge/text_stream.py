@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from loragen_agents.conversation.stop_texts import cut_at_first, held_back
+
 # What decoders write for the bytes of a character that is not complete (or never will be).
 _UNFINISHED = "\ufffd"
 # Some tokenizers drop a blank at the beginning of a text; behind some tokens of the prompt, nothing is there.
@@ -67,7 +69,7 @@ class TextStream:
         """Text that has become certain since the last call."""
         end = len(self._settled)
         if not self.stopped:
-            end -= _begun(self._settled, self._held)
+            end -= held_back(self._settled, self._held)
         if end <= self._sent:
             return ""
         delta = self._settled[self._sent : end]
@@ -92,16 +94,5 @@ class TextStream:
     def _cut(self, searched: int) -> None:
         """Cut at the first stop string that is not wholly within the first `searched` characters."""
         longest = max(map(len, self._stop), default=0)
-        places = [self._settled.find(stop, max(0, searched - longest + 1)) for stop in self._stop]
-        found = [place for place in places if place >= 0]
-        if found:
-            self._settled = self._settled[: min(found)]
-            self.stopped = True
-
-
-def _begun(text: str, ends: Sequence[str]) -> int:
-    """Length of the longest tail of `text` that is the beginning of, or the whole of, one of `ends`."""
-    for length in range(min(max(map(len, ends), default=0), len(text)), 0, -1):
-        if any(end.startswith(text[-length:]) for end in ends):
-            return length
-    return 0
+        self._settled, found = cut_at_first(self._settled, self._stop, max(0, searched - longest + 1))
+        self.stopped = self.stopped or found

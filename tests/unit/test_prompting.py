@@ -102,9 +102,10 @@ class TestMarkers:
             "{{ bos_token }}" + LOOP + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
             "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
         )  # fmt: skip
-        renderer = PromptRenderer(dressed(template, "<s>", "</s>", bos="<s>", eos="</s>"))
+        tokenizer = dressed(template, "<s>", "</s>", bos="<s>", eos="</s>")
+        renderer = PromptRenderer(tokenizer)
         assert renderer.markers == TurnMarkers("<s>", "[INST] ", " [/INST]", "</s>")
-        assert renderer.end_token_ids == (renderer._encode_live("</s>")[0],)
+        assert renderer.end_token_ids == (tokenizer.eos_token_id,)
 
     def test_phi_3_that_closes_a_finished_conversation_otherwise(self):
         template = (
@@ -429,7 +430,9 @@ class TestFullReact:
     def test_ends_where_the_user_turn_ends(self):
         for turns in ([Turn("Day?")], [Turn("Day?", (TakenStep("today", "", "Tue"),))]):
             whole, edge = RENDERER.full_react(registry_of(TODAY), turns), RENDERER.user_turn(turns)
-            tail = len(RENDERER.encode_text(THOUGHT_QUESTION)) + len(RENDERER._encode_live(CHATML_CLOSE))
+            tail = len(RENDERER.encode_text(THOUGHT_QUESTION)) + len(
+                TOKENIZER.encode(CHATML_CLOSE, add_special_tokens=False)
+            )
             assert whole[-tail:] == edge[-tail:]
 
 

@@ -1,0 +1,23 @@
+"""Texts that end another one which comes piece by piece: where to cut it, and what to hold back until that is clear."""
+
+from collections.abc import Sequence
+
+
+def cut_at_first(text: str, stops: Sequence[str], start: int = 0) -> tuple[str, bool]:
+    """`text` up to the first of `stops`, and whether there was one.
+
+    Args:
+        text: The text so far.
+        stops: Texts at which it ends, none of them empty.
+        start: Where in `text` the search begins.
+    """
+    places = [place for place in (text.find(stop, start) for stop in stops) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is one of `stops`, or with which one of them may begin."""
+    for length in range(min(max(map(len, stops), default=0), len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
