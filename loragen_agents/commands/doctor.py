@@ -11,12 +11,25 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "doctor"
 HELP = "say what is installed and cached, and how fast this machine is"
 
-_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "llguidance", "langchain-core")
+_LIBRARIES = (
+    "torch",
+    "openvino",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "llguidance",
+    "langchain-core",
+)
 _PREFILL_TOKENS, _DECODED_TOKENS = 512, 24
 
 
@@ -31,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     with shown(silent if arguments.json else None) as progress:
         progress("Looking at the installation", None)
         report: dict[str, Any] = {"versions": _versions(), "machine": _machine(), "content": _content()}
+        report["runtime"] = _runtime()
         report["models"] = _models()
         if not arguments.no_speed:
             progress("Measuring memory bandwidth", None)
@@ -65,34 +79,39 @@ def model_speed(bandwidth: float) -> dict[str, Any]:
     bandwidth: GB/s of main memory. On a CPU each decoded token reads all weights once, which bounds the speed.
     """
     import torch
-    from transformers import DynamicCache
 
+    from loragen_agents.edge.forward import Runtime
     from loragen_agents.models.language_models import load_language_model
     from loragen_agents.support.progress import silent
 
     language_model = load_language_model(progress=silent)
     model = language_model.model
+    runtime = Runtime(model)
+    forward = runtime.bind()
     prompt = torch.arange(1000, 1000 + _PREFILL_TOKENS, device=model.device).unsqueeze(0)
+    last = torch.tensor([[_PREFILL_TOKENS - 1]], device=model.device)
     prefill_seconds = float("inf")
     with torch.inference_mode():
-        for _ in range(2):  # the first pass also sets torch up
-            cache = DynamicCache(config=model.config)
+        for _ in range(2):  # the first pass also sets the runtime up
+            cache = forward.cache(1, _PREFILL_TOKENS + _DECODED_TOKENS)
             start = time.perf_counter()
-            logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits
-            next_token = logits[:, -1].argmax(-1, keepdim=True)
+            next_token = forward(prompt, cache, last)[:, -1].argmax(-1, keepdim=True)
             next_token.tolist()  # waits for a GPU
             prefill_seconds = min(prefill_seconds, time.perf_counter() - start)
+        cache.advance([_PREFILL_TOKENS])
         step_seconds = []
         for _ in range(_DECODED_TOKENS):
             start = time.perf_counter()
-            next_token = model(next_token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            next_token = forward(next_token, cache, torch.zeros_like(last))[:, -1].argmax(-1, keepdim=True)
+            cache.advance([1])
             next_token.tolist()
             step_seconds.append(time.perf_counter() - start)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weight_bytes = _weight_bytes(model, runtime.name)
     return {
+        "runtime": runtime.name,
         "model": language_model.name,
         "device": str(language_model.device),
-        "dtype": str(language_model.dtype).removeprefix("torch."),
+        "dtype": _precision(runtime.name) or str(language_model.dtype).removeprefix("torch."),
         "prefill_tokens_per_second": round(_PREFILL_TOKENS / prefill_seconds),
         "decode_tokens_per_second": round(1 / sorted(step_seconds)[len(step_seconds) // 2], 1),
         "weight_megabytes": round(weight_bytes / 1e6),
@@ -100,6 +119,34 @@ def model_speed(bandwidth: float) -> dict[str, Any]:
         if language_model.device.type == "cpu"
         else None,
     }
+
+
+def _weight_bytes(model: "PreTrainedModel", runtime: str) -> int:
+    """What is read for each token: all matrices, in the form in which the runtime keeps them."""
+    precision = _precision(runtime)
+    if precision is None:
+        return sum(parameter.nbytes for parameter in model.parameters())
+    bits = {"int4": 4, "int8": 8, "float32": 32}[precision]
+    return sum(parameter.numel() for parameter in model.parameters()) * bits // 8
+
+
+def _precision(runtime: str) -> str | None:
+    """What OpenVINO keeps matrices in; None for other runtimes, which keep them as they are."""
+    if runtime != "openvino":
+        return None
+    from loragen_agents.edge.openvino.compiled import quantisation
+
+    return {"int4": "int4", "int8": "int8", "none": "float32"}[quantisation()[0]]
+
+
+def _runtime() -> str:
+    """The runtime that models run on."""
+    from loragen_agents.edge.forward import RUNTIME_VARIABLE, chosen_runtime
+
+    name = chosen_runtime()
+    if name == "torch" and importlib.util.find_spec("openvino") is not None:
+        return f"torch (openvino is installed, too: {RUNTIME_VARIABLE}=openvino chooses it)"
+    return name
 
 
 def _versions() -> dict[str, str | None]:
@@ -169,6 +216,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{machine['memory_free_gb']} of {machine['memory_gb']} GB free, "
             f"GPUs: {', '.join(machine['gpus']) or 'none'}; {machine['cpu_dtype']} on the CPU",
         ),
+        ("runtime", report["runtime"]),
         ("content", ", ".join(report["content"].values())),
         ("cache", models["cache"]),
         ("models", ", ".join(f"{name} ({size} MB)" for name, size in models["stored"].items()) or "none cached"),
@@ -184,7 +232,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "speed",
-                f"{speed['model']} on {speed['device']} in {speed['dtype']}: prefill "
+                f"{speed['model']} with {speed['runtime']} on {speed['device']} in {speed['dtype']}: prefill "
                 f"{speed['prefill_tokens_per_second']} tokens/s, decode {speed['decode_tokens_per_second']} tokens/s"
                 + (f" (memory allows {limit})" if limit else ""),
             )
