@@ -24,8 +24,8 @@ from loragen_agents.assistant.tools.context import Context
 from loragen_agents.assistant.turns import ToolCall, Turn, history, shown_of
 from loragen_agents.errors import LoRAGenError
 
-# Turns of the conversation that the model sees beside the one at hand.
-HISTORY_TURNS = 4
+# Turns of the conversation that the model sees beside the one at hand. It was trained with one at most.
+HISTORY_TURNS = 1
 MAX_STEPS = 6
 TOOL_SECONDS = 30.0
 # Tools of which a turn remembers how likely they were.

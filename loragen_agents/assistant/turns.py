@@ -120,8 +120,12 @@ class Turn:
 
 
 def history(turns: Sequence[Turn], limit: int) -> list[BaseMessage]:
-    """The messages of the last `limit` turns, each turn whole."""
-    kept: Iterable[Turn] = turns[-limit:] if limit else ()
+    """The messages of the last `limit` turns that succeeded, each turn whole.
+
+    Errors and refusals are left out: a small model repeats them in later answers.
+    """
+    succeeded = [turn for turn in turns if turn.succeeded]
+    kept: Iterable[Turn] = succeeded[-limit:] if limit else ()
     return [message for turn in kept for message in turn.messages()]
 
 

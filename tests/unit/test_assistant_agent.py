@@ -9,7 +9,7 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import StructuredTool, ToolException
 
-from loragen_agents.assistant.agent import AnswerPiece, Assistant, CallBegins, CallEnds, Event
+from loragen_agents.assistant.agent import HISTORY_TURNS, AnswerPiece, Assistant, CallBegins, CallEnds, Event
 from loragen_agents.assistant.permission import Permissions
 from loragen_agents.assistant.tools.catalog import chosen_tools
 from loragen_agents.assistant.turns import Turn
@@ -60,7 +60,7 @@ def test_later_turns_see_earlier_ones_and_no_more_than_a_few(context):
     for number in range(7):
         run(made, f"Question {number}")
     requests = [message.text for message in made.model.seen[-1] if isinstance(message, HumanMessage)]
-    assert requests == [f"Question {number}" for number in range(2, 7)]
+    assert requests == [f"Question {number}" for number in range(6 - HISTORY_TURNS, 7)]
     second = made.model.seen[2]
     assert [message.text for message in second[:4]] == [
         "Question 0",
@@ -68,6 +68,13 @@ def test_later_turns_see_earlier_ones_and_no_more_than_a_few(context):
         "Today is Wednesday, 25 November 2026.",
         "Wednesday.",
     ]
+
+
+def test_later_turns_do_not_see_what_failed(context):
+    made = assistant(context, "One.", call("read_file", path="none.txt"), "It is not there.", "Three.")
+    for number in range(3):
+        run(made, f"Question {number}")
+    assert [message.text for message in made.model.seen[-1]] == ["Question 0", "One.", "Question 2"]
 
 
 def test_a_tools_error_is_an_observation_for_the_model(context):
