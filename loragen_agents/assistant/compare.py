@@ -4,7 +4,7 @@ Both steps are decoded by the same model on the same machine, both held to the g
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ class Side:
     step_ms: float
 
 
-def compare(model: Any, tools: list[BaseTool], system: str, turns: list[Turn], history_turns: int) -> tuple[Side, Side]:
+def compare(
+    model: Any, tools: Sequence[BaseTool], system: str, turns: list[Turn], history_turns: int
+) -> tuple[Side, Side]:
     """The last of `turns` with the tools in the weights, and with their definitions in the prompt.
 
     Args:
@@ -41,7 +43,7 @@ def compare(model: Any, tools: list[BaseTool], system: str, turns: list[Turn], h
     return _in_weights(model, tools, messages), _in_prompt(model, tools, messages)
 
 
-def _in_weights(model: BaseChatModel, tools: list[BaseTool], messages: list[Any]) -> Side:
+def _in_weights(model: BaseChatModel, tools: Sequence[BaseTool], messages: list[Any]) -> Side:
     started = time.perf_counter()
     message: Any = model.bind_tools(tools).invoke(messages)
     took = (time.perf_counter() - started) * 1000
@@ -54,7 +56,7 @@ def _in_weights(model: BaseChatModel, tools: list[BaseTool], messages: list[Any]
     return Side("tools in the weights", step, facts["prompt_tokens"], facts["first_token_ms"], took)
 
 
-def _in_prompt(model: Any, tools: list[BaseTool], messages: list[Any]) -> Side:
+def _in_prompt(model: Any, tools: Sequence[BaseTool], messages: list[Any]) -> Side:
     from loragen_agents.chat.messages import read_conversation
     from loragen_agents.conversation.react import Answer, ToolStep, parse_step
     from loragen_agents.edge.sampling import Sampling
@@ -81,4 +83,4 @@ def _call_text(name: str, arguments: dict[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
-Compare = Callable[[Any, list[BaseTool], str, list[Turn], int], tuple[Side, Side]]
+Compare = Callable[[Any, Sequence[BaseTool], str, list[Turn], int], tuple[Side, Side]]
