@@ -396,7 +396,7 @@ def test_a_shared_head_needs_no_store(llama: Decoder) -> None:
 
 
 def test_long_prompts_are_read_in_parts_and_can_be_cancelled(monkeypatch: pytest.MonkeyPatch, llama: Decoder) -> None:
-    monkeypatch.setattr("loragen_agents.edge.decoding._CHUNK", 7)
+    monkeypatch.setattr("loragen_agents.edge.feeding.CHUNK", 7)
     decoder = Decoder(llama.model, TOKENIZER)
     prompts = [PROMPTS[3] * 2, PROMPTS[0], PROMPTS[2]]
     for prompt, completion in zip(prompts, decoder.generate(prompts, Sampling(max_tokens=6)), strict=True):
@@ -579,7 +579,7 @@ def test_a_read_prompt_can_be_continued_any_number_of_times(llama: Decoder) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_of_a_prompt_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch, family: str, runtime: str) -> None:
     """Also behind a prompt that was read, with a beginning that is known, and with passes shorter than the parts."""
-    monkeypatch.setattr("loragen_agents.edge.decoding._CHUNK", 4)
+    monkeypatch.setattr("loragen_agents.edge.feeding.CHUNK", 4)
     model = family_model(family)
     decoder = Decoder(model, TOKENIZER)
     parts = [PROMPTS[3], [7], [8, 9], PROMPTS[0]]
