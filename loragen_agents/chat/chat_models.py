@@ -1,29 +1,30 @@
 """`LoRAGenChatModel`: a specialised local model as a LangChain chat model.
 
-What the class adds to the layers below is LangChain's shape: fields, binding of tools, streaming, async forms, usage,
-serialisation. How messages become a prompt is in `messages`, how a registry becomes a model in `specialization`.
+What the class adds to the layers below is LangChain's shape: binding of tools, streaming, async forms, usage,
+serialisation. The fields are in `fields`, how messages become a prompt is in `messages`, how a step is decoded in
+`steps`, how a registry becomes a model in `specialization`.
 """
 
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
-from pydantic import BaseModel, Field, InstanceOf, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel
 
-from loragen_agents.chat.messages import AnswerText, Conversation, last_chunk, read_conversation, step_message
+from loragen_agents.chat.fields import ChatModelFields
+from loragen_agents.chat.messages import last_chunk, read_conversation, step_message
+from loragen_agents.chat.profile import model_profile, name_of
 from loragen_agents.chat.settings import (
     SETTINGS,
     CallSettings,
@@ -32,25 +33,21 @@ from loragen_agents.chat.settings import (
     read_settings,
     read_tool_choice,
 )
+from loragen_agents.chat.steps import StepOutcome, decode_step
 from loragen_agents.chat.structured_output import output_parser, schema_tool
-from loragen_agents.conversation.react import Answer, AnswerDelta, InvalidStep, Step, StepEvent, StepStream
+from loragen_agents.conversation.react import AnswerDelta, StepEvent
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.edge.decoding import Completion
 from loragen_agents.edge.grammar_source import grammar_source
 from loragen_agents.errors import PromptError
-from loragen_agents.generator import LoRAGenerator
-from loragen_agents.models.language_models import DEFAULT_MODEL, LanguageModel
-from loragen_agents.registry import InputFormat, ToolRegistry
+from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
 from loragen_agents.specialization.specialize import Specialization, specialize
 
 ToolLike = dict[str, Any] | type | Callable[..., Any] | BaseTool
 
-# LangChain's standard parameters for models behind a network; a local model has no use for them.
-_NETWORK_PARAMETERS = frozenset({"api_key", "base_url", "max_retries", "timeout"})
 
-
-class LoRAGenChatModel(BaseChatModel):
+class LoRAGenChatModel(ChatModelFields):
     """A small local model that has a tool registry in its weights and reads the user's turn only.
 
     The tools (and the system messages) are turned into LoRA weights by the generator, once, and merged into the edge
@@ -122,95 +119,6 @@ class LoRAGenChatModel(BaseChatModel):
     LangChain takes a model's name it takes a model too, so hand over an instance.
     """
 
-    model: str | InstanceOf[LanguageModel] = DEFAULT_MODEL
-    """The edge LM: what `load_language_model` takes (a known name, Hub id, folder, GGUF file), or a loaded one."""
-
-    cloud: str | InstanceOf[LanguageModel] | None = None
-    """The LM that reads the definitions; by default the edge LM itself."""
-
-    generator: str | InstanceOf[LoRAGenerator] = "default"
-    """The generator: "default" (ships with the package), a checkpoint folder, or a loaded one."""
-
-    tools: Any = Field(default_factory=list)
-    """Tools to specialise on, in any form that `ToolRegistry.from_tools` takes, or a `ToolRegistry`; kept as OpenAI
-    dicts. Tools of `bind_tools` take their place."""
-
-    input_format: InputFormat = "json"
-    """How an Action Input is written: "json", or "csv" as in GPT4Tools. A `ToolRegistry` as `tools` brings its own."""
-
-    tool_choice: str = "auto"
-    """"auto", "any", "none" or a tool's name."""
-
-    grammar: bool = True
-    """Hold decoding to the registry's grammar: a tool's name, then its argument schema, or an answer."""
-
-    score_tools: bool = True
-    """Choose the tool by the probabilities of all of them, where decoding is greedy and held to the grammar; False lets
-    the model spell a name."""
-
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0 decodes greedily."""
-
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens with at least this probability."""
-
-    top_k: int = Field(default=0, ge=0)
-    """Sample from so many tokens; 0 is all."""
-
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    """Seed of the sampling; the same seed gives the same text."""
-
-    max_tokens: int = Field(default=256, ge=1)
-    """Most tokens that one step may take."""
-
-    stop: list[str] | None = None
-    """Texts that end an answer; they are left out of it. Tool calls are not touched."""
-
-    device: str = "auto"
-    """Where models named above are put: "auto", "cpu", "cuda", ..."""
-
-    dtype: str = "auto"
-    """Their precision: "auto" (bfloat16 where the machine has it), "float32", ..."""
-
-    specialization_cache: bool = True
-    """Keep specialisations in memory and on disk. (`cache` is LangChain's cache of responses.)"""
-
-    streaming: bool = False
-    """Stream inside `invoke` too, for callbacks that want every token."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            values = dict(values)
-            unknown = sorted(values.keys() - cls.model_fields.keys() - _NETWORK_PARAMETERS)
-            if unknown:
-                raise ValueError(f"unknown parameters: {', '.join(unknown)}")
-            registry = values.get("tools")
-            if isinstance(registry, ToolRegistry):
-                asked = values.setdefault("input_format", registry.input_format)
-                if asked != registry.input_format:
-                    raise ValueError(f"the registry's inputs are {registry.input_format}, not {asked}")
-        return values
-
-    @field_validator("tools", mode="before")
-    @classmethod
-    def _read_tools(cls, tools: Any) -> list[dict[str, Any]]:
-        return openai_dicts(tools)
-
-    @field_validator("tool_choice", mode="before")
-    @classmethod
-    def _read_choice(cls, choice: Any, info: ValidationInfo) -> str:
-        # Tools can still be bound later; then the choice is checked against those.
-        names = [tool["function"]["name"] for tool in info.data.get("tools", ())]
-        return read_tool_choice(choice, names or None)
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> "LoRAGenChatModel":
-        if self.grammar:
-            grammar_source(read_registry(self.tools, self.input_format), "auto")
-        return self
-
     # Binding
 
     def bind_tools(
@@ -218,14 +126,15 @@ class LoRAGenChatModel(BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """A model specialised on `tools`, in the place of those of the constructor.
 
-        tools: any form that `ToolRegistry.from_tools` takes; two equal definitions count once.
-        tool_choice: "auto", "any" (also "required" and True), "none" (also False), a tool's name, or OpenAI's dict.
-        kwargs: bound along with the tools, for instance `temperature`; `strict` and `parallel_tool_calls` change
-            nothing, as calls are always held to their schema and come one at a time.
+        Args:
+            tools: Any form that `ToolRegistry.from_tools` takes; two equal definitions count once.
+            tool_choice: "auto", "any" (also "required" and True), "none" (also False), a tool's name, or OpenAI's dict.
+            kwargs: Bound along with the tools, for instance `temperature`; `strict` and `parallel_tool_calls` change
+                nothing, as calls are always held to their schema and come one at a time.
 
         Raises:
-            RegistryError: a tool that can't be used, by name.
-            GrammarError: a tool that no call can be right for, by name, where the grammar is on.
+            RegistryError: A tool that can't be used, by name.
+            GrammarError: A tool that no call can be right for, by name, where the grammar is on.
             PromptError: `tool_choice` names no tool of these.
         """
         definitions = openai_dicts(tools)
@@ -247,17 +156,19 @@ class LoRAGenChatModel(BaseChatModel):
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
         """A model that gives an object of `schema`: its tool call is forced, and held to the schema by the grammar.
 
-        schema: a pydantic class (the result is an instance), a TypedDict, a JSON Schema or an OpenAI tool (a dict).
-        include_raw: give `{"raw": message, "parsed": object or None, "parsing_error": exception or None}`.
-        method, strict: taken for LangChain's sake; the way is the same for all, and always strict.
-        kwargs: bound along, for instance `temperature`.
-
         The runnable raises OutputParserException when the object could not be read, for instance because `max_tokens`
         cut it off.
 
+        Args:
+            schema: A pydantic class (the result is an instance), a TypedDict, a JSON Schema or an OpenAI tool (a dict).
+            include_raw: Give `{"raw": message, "parsed": object or None, "parsing_error": exception or None}`.
+            method: Taken for LangChain's sake; the way is the same for all.
+            strict: Taken for LangChain's sake; the object always fits the schema.
+            kwargs: Bound along, for instance `temperature`.
+
         Raises:
             RegistryError: LangChain can't read the schema as a tool.
-            ValueError: there is no such method.
+            ValueError: There is no such method.
         """
         if method not in ("json_schema", "function_calling", "json_mode"):
             raise ValueError(f"unknown method {method!r}: expected json_schema, function_calling or json_mode")
@@ -370,73 +281,45 @@ class LoRAGenChatModel(BaseChatModel):
         Closing the iterator stops the decoding.
 
         Args:
-            messages: the conversation.
-            stop: texts that end an answer; default: the field's.
-            cancel: set it, from any thread, to stop before the next token; the outcome then has what was written.
-            kwargs: settings of this call in the place of the fields, as `bind` takes them.
+            messages: The conversation.
+            stop: Texts that end an answer; by default the field's.
+            cancel: Set it, from any thread, to stop before the next token; the outcome then has what was written.
+            kwargs: Settings of this call in the place of the fields, as `bind` takes them.
 
         Yields:
             What has become certain (`ActionKnown` and `InputDelta` of a call, `AnswerDelta` of an answer), then the
             outcome. A call of which parts were given may still turn out invalid in the outcome.
 
         Raises:
-            PromptError: the messages or a setting can't be used.
-            RegistryError: a tool that can't be used.
-            GrammarError: the tools or the tool choice can't be turned into a grammar.
+            PromptError: The messages or a setting can't be used.
+            RegistryError: A tool that can't be used.
+            GrammarError: The tools or the tool choice can't be turned into a grammar.
         """
         started = time.perf_counter()
-        fields = {name: getattr(self, name) for name in SETTINGS}
-        call = read_settings(fields, kwargs, self.stop if stop is None else stop, self.input_format)
+        call = self.call_settings(stop, **kwargs)
         conversation = read_conversation(messages, call.registry)
         specialization = self._specialize(call.model, call.registry, conversation.system_text)
-        reader, answer = StepStream(call.registry), AnswerText(call.stop)
-        decoding = specialization.model.stream(
-            conversation.turns,
-            call.sampling,
-            grammar=call.grammar,
-            tool_choice=call.tool_choice,
-            score_tools=call.score_tools,
-            cancel=cancel,
-        )
-        try:
-            for delta in decoding:
-                for event in reader.feed(delta):
-                    if not isinstance(event, AnswerDelta):
-                        yield event
-                    elif piece := answer.feed(event.text):
-                        yield AnswerDelta(piece)
-                if reader.finished or answer.stopped:
-                    break
-        finally:
-            decoding.close()
-        for event in reader.flush():
-            if not isinstance(event, AnswerDelta):
-                yield event
-            elif piece := answer.feed(event.text):
-                yield AnswerDelta(piece)
-        if piece := answer.flush():
-            yield AnswerDelta(piece)
-        completion = decoding.completion
-        complete = completion.finish_reason == "stop" or reader.finished or answer.stopped
-        step = reader.close(cut_off=not complete)
-        if isinstance(step, Answer):
-            step = Answer(answer.text)
-        metadata = self._metadata(
-            call, step, conversation, specialization, completion, complete, time.perf_counter() - started
-        )
-        if decoding.tools is not None:
-            metadata["tool_call_probability"] = decoding.tools.calls_tool
-            metadata["tool_probabilities"] = decoding.tools.tools
-        yield StepOutcome(
-            step,
-            metadata,
-            UsageMetadata(
-                input_tokens=completion.prompt_tokens,
-                output_tokens=len(completion.token_ids),
-                total_tokens=completion.prompt_tokens + len(completion.token_ids),
-                input_token_details=InputTokenDetails(cache_read=completion.cached_tokens),
-            ),
-        )
+        names = {
+            "model_name": name_of(call.model),
+            "model_provider": "loragen_agents",
+            "generator": name_of(self.generator),
+        }
+        yield from decode_step(call, conversation, specialization, names, cancel, started)
+
+    def call_settings(self, stop: Sequence[str] | None = None, **kwargs: Any) -> CallSettings:
+        """What a call goes by: the fields, or the arguments of the call in their place. Loads nothing.
+
+        Args:
+            stop: Texts that end an answer; by default the field's.
+            kwargs: Settings of the call, as `bind` takes them.
+
+        Raises:
+            PromptError: A setting can't be used.
+            RegistryError: A tool that can't be used.
+            GrammarError: A tool that no call can be right for, where the grammar is on.
+        """
+        fields = {name: getattr(self, name) for name in SETTINGS}
+        return read_settings(fields, kwargs, self.stop if stop is None else stop, self.input_format)
 
     def _specialize(self, model: str | LanguageModel, registry: ToolRegistry, system_text: str) -> Specialization:
         edge = self._language_model(model)
@@ -454,36 +337,6 @@ class LoRAGenChatModel(BaseChatModel):
             raise PromptError(f"model is {given!r}; expected a model's name or a LanguageModel")
         return given
 
-    def _metadata(
-        self,
-        call: CallSettings,
-        step: Step,
-        conversation: Conversation,
-        specialization: Specialization,
-        completion: Completion,
-        complete: bool,
-        seconds: float,
-    ) -> dict[str, Any]:
-        prompt = completion.prompt_tokens
-        metadata: dict[str, Any] = {
-            "model_name": _name(call.model),
-            "model_provider": "loragen_agents",
-            "generator": _name(self.generator),
-            "finish_reason": "stop" if complete else completion.finish_reason,
-            "prompt_tokens": prompt,
-            "definition_tokens": specialization.definition_tokens,
-            "compression_ratio": round((prompt + specialization.definition_tokens) / prompt, 2),
-            "specialization": specialization.source,
-            "specialize_ms": round(specialization.seconds * 1000, 1),
-            "first_token_ms": round((completion.first_token_seconds or 0.0) * 1000, 1),
-            "total_ms": round(seconds * 1000, 1),
-        }
-        if isinstance(step, InvalidStep):
-            metadata["invalid_step"] = step.error
-        if conversation.left_out:
-            metadata["left_out"] = list(conversation.left_out)
-        return metadata
-
     # What LangChain asks a model about itself
 
     @property
@@ -494,36 +347,19 @@ class LoRAGenChatModel(BaseChatModel):
     def _identifying_params(self) -> Mapping[str, Any]:
         return {
             **{name: getattr(self, name) for name in ("input_format", "stop", *SETTINGS)},
-            "model": _name(self.model),
-            "cloud": _name(self.cloud),
-            "generator": _name(self.generator),
+            "model": name_of(self.model),
+            "cloud": name_of(self.cloud),
+            "generator": name_of(self.generator),
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
         params["ls_provider"] = "loragen_agents"
-        params.setdefault("ls_model_name", _name(self.model) or "")
+        params.setdefault("ls_model_name", name_of(self.model) or "")
         return params
 
     def _resolve_model_profile(self) -> ModelProfile:
-        unable = ("image_inputs", "image_url_inputs", "pdf_inputs", "audio_inputs", "video_inputs")
-        profile = ModelProfile(
-            name=_name(self.model) or "",
-            open_weights=True,
-            text_inputs=True,
-            text_outputs=True,
-            tool_calling=True,
-            tool_choice=True,
-            # create_agent would send `response_format` to a model that claims this; it forces a tool call otherwise.
-            structured_output=False,
-        )
-        if isinstance(self.model, LanguageModel):
-            limit = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
-            if limit is not None:
-                profile["max_input_tokens"] = limit
-        for name in unable:
-            profile[name] = False  # type: ignore[literal-required]
-        return profile
+        return model_profile(self.model)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of `text` by the edge LM's tokenizer; control tokens in it are plain text. Loads the model."""
@@ -550,7 +386,7 @@ class LoRAGenChatModel(BaseChatModel):
     def lc_attributes(self) -> dict[str, Any]:
         """Names in the place of loaded models."""
         loaded = {name: getattr(self, name) for name in ("model", "cloud", "generator")}
-        return {name: _name(value) for name, value in loaded.items() if not isinstance(value, str | None)}
+        return {name: name_of(value) for name, value in loaded.items() if not isinstance(value, str | None)}
 
     def __repr_args__(self) -> Any:
         return [(name, self.lc_attributes.get(name, value)) for name, value in super().__repr_args__()]
@@ -559,19 +395,3 @@ class LoRAGenChatModel(BaseChatModel):
         state = super().__getstate__()
         state["__dict__"] = {**state["__dict__"], **self.lc_attributes}
         return state
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """How a step ended: what the model said, and the figures of the way there."""
-
-    step: Step
-    metadata: dict[str, Any]
-    usage: UsageMetadata
-
-
-def _name(given: Any) -> str | None:
-    """How a model or generator is written down: as it was asked for."""
-    if given is None or isinstance(given, str):
-        return given
-    return given.name if isinstance(given, LanguageModel) else f"generator {given.fingerprint[:12]}"

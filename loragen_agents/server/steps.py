@@ -11,7 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loragen_agents.chat.chat_models import LoRAGenChatModel, StepOutcome
+from loragen_agents.chat.chat_models import LoRAGenChatModel
+from loragen_agents.chat.steps import StepOutcome
 from loragen_agents.conversation.react import ActionKnown, AnswerDelta, InputDelta, InvalidStep, StepEvent, ToolStep
 from loragen_agents.server.api_errors import ApiError
 from loragen_agents.server.protocol import ChatRequest, ResponseFormat
