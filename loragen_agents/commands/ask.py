@@ -1,7 +1,6 @@
 """`loragen-agents ask`: one step of the specialised model for a request, with what it took."""
 
 import argparse
-import time
 from typing import Any
 
 from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_parts, read_tools
@@ -21,51 +20,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.chat.settings import read_settings
-    from loragen_agents.conversation.prompts import Turn
-    from loragen_agents.conversation.react import parse_step
-    from loragen_agents.specialization.specialize import specialize
+    from langchain_core.messages import HumanMessage, SystemMessage
+
+    from loragen_agents.chat.chat_models import LoRAGenChatModel
+    from loragen_agents.chat.steps import StepOutcome
     from loragen_agents.support.console import print_json
     from loragen_agents.support.progress import shown, silent
 
     registry = read_tools(arguments.tools)
-    given = {name: getattr(arguments, name) for name in ("tool_choice", "max_tokens", "temperature", "seed")}
-    fields = {"model": arguments.edge, "tools": registry, "grammar": not arguments.no_grammar, "top_p": 1.0, "top_k": 0}
-    settings = read_settings({**fields, **given}, {}, None, registry.input_format)
+    settings = {name: getattr(arguments, name) for name in ("tool_choice", "max_tokens", "temperature", "seed")}
+    settings["grammar"] = not arguments.no_grammar
+    chat = LoRAGenChatModel(tools=registry, grammar=False)
+    chat.call_settings(**settings)  # a wrong option is named before anything is loaded
+    messages = [SystemMessage(arguments.system), HumanMessage(arguments.request)]
     with shown(silent if arguments.json else None) as progress:
         edge, cloud, generator = load_parts(arguments, progress)
-        progress("Specialising", None)
-        made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator)
-        progress("Decoding", None)
-        started = time.perf_counter()
-        decoding = made.model.stream(
-            [Turn(arguments.request)],
-            settings.sampling,
-            grammar=settings.grammar,
-            tool_choice=settings.tool_choice,
-        )
-        for _ in decoding:
-            pass
-        completion = decoding.completion
-        seconds = time.perf_counter() - started
-    step = parse_step(completion.text, registry, cut_off=completion.finish_reason != "stop")
-    prompt = completion.prompt_tokens
+        chat = chat.model_copy(update={"model": edge, "cloud": cloud, "generator": generator})
+        progress("Specialising and decoding", None)
+        events = list(chat.steps(messages, **settings))
+    outcome = events[-1]
+    assert isinstance(outcome, StepOutcome)
+    figures = outcome.metadata
+    names = ("finish_reason", "prompt_tokens", "definition_tokens", "compression_ratio", "specialization")
     report: dict[str, Any] = {
-        "step": describe(step),
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": prompt,
-        "definition_tokens": made.definition_tokens,
-        "compression_ratio": round((prompt + made.definition_tokens) / prompt, 2),
-        "generated_tokens": len(completion.token_ids),
-        "specialization": made.source,
-        "specialize_ms": round(made.seconds * 1000, 1),
-        "first_token_ms": round(completion.first_token_seconds * 1000, 1),
-        "step_ms": round(seconds * 1000, 1),
-        "untrained": made.weights_are_zero,
+        "step": describe(outcome.step),
+        **{name: figures[name] for name in names},
+        "generated_tokens": outcome.usage["output_tokens"],
+        **{name: figures[name] for name in ("specialize_ms", "first_token_ms", "step_ms")},
+        "untrained": figures.get("untrained", False),
     }
-    if decoding.tools is not None:
-        report["tool_call_probability"] = decoding.tools.calls_tool
-        report["tool_probabilities"] = decoding.tools.tools
+    for name in ("tool_call_probability", "tool_probabilities"):
+        if name in figures:
+            report[name] = figures[name]
     if arguments.json:
         print_json(report)
     else:
