@@ -47,10 +47,11 @@ _CALL_BLOCKS = {"tool_call", "tool_call_chunk", "tool_use", "function_call", "in
 class Conversation:
     """What a list of messages says.
 
-    system_text: all system messages, in order, a blank line between them; "" without any.
-    turns: the last one is open (its `answer` is None): the model's next step continues it.
-    left_out: one sentence for each thing that the prompt has no place for (an AI message's reasoning, its words beside
-        a tool call).
+    Attributes:
+        system_text: All system messages, in order, a blank line between them; "" without any.
+        turns: The last one is open (its `answer` is None): the model's next step continues it.
+        left_out: A phrase for each thing that the prompt has no place for (an AI message's reasoning, its words beside
+            a tool call).
     """
 
     system_text: str
@@ -68,8 +69,8 @@ def read_conversation(messages: Sequence[BaseMessage], registry: ToolRegistry) -
     as JSON.
 
     Raises:
-        PromptError: no message to answer, a message of an unknown kind, content that is not text, a tool call without
-            its tool message or the other way round.
+        PromptError: No message to answer, a message of an unknown kind, content that is not text, a tool call without
+            its tool message or the other way round, or one whose arguments JSON can't hold.
     """
     reader = _Reader(registry)
     for position, message in enumerate(messages, start=1):
@@ -275,9 +276,9 @@ def last_chunk(step: Step) -> AIMessageChunk:
 def _invalid_call(step: InvalidStep, identifier: str) -> InvalidToolCall:
     """LangChain's invalid tool call.
 
-    LangChain rebuilds the calls of a streamed message from their text, and mends cut-off JSON while it does. A call
-    that is invalid must stay so, hence `args` is never text in which that mending would find an object: the Action
-    Input where there is one, else everything that the model said, else that text quoted as a JSON string.
+    LangChain rebuilds the calls of a streamed message from their text, and completes cut-off JSON. An invalid call must
+    stay invalid, so `args` is never text that LangChain could complete to an object: it is the Action Input, else
+    everything that the model said, else that text as a JSON string.
     """
     texts = [text for text in (step.action_input, step.text) if text and not _mends_to_object(text)]
     args = texts[0] if texts else json.dumps(step.text, ensure_ascii=False)

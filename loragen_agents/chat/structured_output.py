@@ -1,7 +1,7 @@
-"""From a forced tool call to the object that `with_structured_output` promises, and nothing in silence.
+"""From a forced tool call to the object that `with_structured_output` promises.
 
-LangChain's own parsers read the call and pass over its absence; here a call that is missing or could not be read is an
-error with the reason. Knows schemas and tool calls, not the model.
+LangChain's own parsers give None where there is no call. Here a call that is missing or could not be read is an error
+with the reason. Knows schemas and tool calls, not the model.
 """
 
 from typing import Any

@@ -78,7 +78,7 @@ class PromptRenderer:
         """Token ids of the edge prompt: the user's turns alone, ending in `THOUGHT_QUESTION`.
 
         Raises:
-            PromptError: no turn, an earlier turn without an answer, or a last one with an answer.
+            PromptError: No turn, an earlier turn without an answer, or a last one with an answer.
         """
         return self._encode(self._user_turn_pieces(turns))
 
@@ -92,7 +92,7 @@ class PromptRenderer:
         Of earlier turns only request and answer are shown, as in GPT4Tools.
 
         Raises:
-            PromptError: as `user_turn`.
+            PromptError: As `user_turn`.
         """
         return self._encode(self._react_pieces(registry, turns, system_text))
 

@@ -1,4 +1,4 @@
-"""The lines in which a model writes a step, read: a tool call, an answer, or neither.
+"""Reads and writes the lines of a step: a tool call, an answer, or neither.
 
 After `THOUGHT_QUESTION` a model writes one of
 
@@ -7,9 +7,9 @@ After `THOUGHT_QUESTION` a model writes one of
     Action Input: INPUT
     Observation:
 
-Reading goes by these lines alone, whole or while they stream in. What does not fit becomes an `InvalidStep` with the
-reason: never an exception, never a guess. Only what the model itself wrote must come here; the conversation, in which
-users and tools can write the same lines, is no business of this module. Nor is running the tool.
+The only place that spells these lines. Text is read whole or while it streams in; what does not fit becomes an
+`InvalidStep` with the reason, never an exception or a guess. Pass only what the model itself wrote: users and tools can
+write the same lines. Knows neither tokens nor how a tool is run.
 """
 
 import difflib
@@ -60,8 +60,8 @@ LINE_LABELS = ("Thought:", "Action:", "Action Input:", "Observation:", "AI:", "H
 _TOOL_HEAD = re.compile(r"\s*yes[ \t]*[.!]?\s+action:", re.IGNORECASE)
 _INPUT_HEAD = re.compile(r"([^\n]*)\n\s*action input:", re.IGNORECASE)
 _ANSWER_HEAD = re.compile(r"\s*no[ \t]*[.!]?\s+ai:", re.IGNORECASE)
-# Where a part ends although the model went on: the tool's report and the next thought are not its to write. An answer
-# may well have a line that begins with "Observation:", so only the whole question ends it.
+# Where an input or an answer ends although the model wrote on: it must not write the tool's report or the next thought.
+# An answer may have a line that begins with "Observation:", so only the whole question ends it.
 _INPUT_ENDS = (OBSERVATION_STOP, "\nThought:")
 _ANSWER_ENDS = (f"\n{THOUGHT_QUESTION}",)
 
@@ -142,8 +142,11 @@ def answer_text(answer: str) -> str:
 def parse_step(generated: str, registry: ToolRegistry, *, cut_off: bool = False) -> Step:
     """Read what a model wrote after `THOUGHT_QUESTION`. Never raises.
 
-    cut_off: generation ran out of tokens. A csv input that no `Observation:` closes may then lack its end, which can't
-        be seen from the text, so it is invalid.
+    Args:
+        generated: The model's text.
+        registry: The tools that may be called.
+        cut_off: Whether generation ran out of tokens. A csv input without `Observation:` behind it may then lack its
+            end, which the text doesn't show, so it is invalid.
     """
     head = _TOOL_HEAD.match(generated)
     if head:

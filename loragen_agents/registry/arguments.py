@@ -26,11 +26,16 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 def bind_arguments(tool: Tool, action_input: str, input_format: InputFormat) -> dict[str, Any]:
     """Read an Action Input as the arguments of `tool`, with the types that its schema asks for.
 
-    Arguments that the schema does not describe are refused unless it sets `additionalProperties`; those left out stay
-    out (defaults are the tool's own business).
+    Arguments that the schema does not describe are refused unless it sets `additionalProperties`. Arguments that are
+    left out get no defaults; the tool has its own.
+
+    Args:
+        tool: The tool that is called.
+        action_input: What the model wrote behind `Action Input:`.
+        input_format: The notation, "csv" or "json".
 
     Raises:
-        ArgumentError: what does not fit, by tool and argument.
+        ArgumentError: What does not fit, by tool and argument.
     """
     text = action_input.strip()
     arguments = _read_csv(tool, text) if input_format == "csv" else _read_json(tool, text)
@@ -46,7 +51,7 @@ def format_action_input(tool: Tool, arguments: Mapping[str, Any], input_format: 
     """Write `arguments` as the Action Input that `bind_arguments` reads back as the same values.
 
     Raises:
-        ArgumentError: the arguments don't fit the schema, or the notation can't express them.
+        ArgumentError: The arguments don't fit the schema, or the notation can't express them.
     """
     if input_format == "csv":
         text = _write_csv(tool, arguments)

@@ -1,8 +1,8 @@
 """What the package asks of a JSON Schema beyond validating against it.
 
-Tool arguments arrive as schemas of many makes. The functions here bring one into a form that the prompt, the grammar
-and the parser can each walk without a resolver: local references put in place, a canonical form to hash, and the set
-of JSON types that a schema admits. Knows nothing of tools; a caller turns `SchemaError` into an error that names one.
+Schemas come from LangChain, pydantic, MCP servers and people. The functions here put local references in place, so that
+prompt, grammar and parser need no resolver; bring a schema into a canonical form to hash; and tell which JSON types it
+admits. Knows nothing of tools; a caller turns `SchemaError` into an error that names one.
 """
 
 import copy
@@ -31,7 +31,7 @@ def check(schema: Mapping[str, Any]) -> None:
     """Check the JSON Schema of an object (draft 2020-12 unless it names another in `$schema`), patterns included.
 
     Raises:
-        SchemaError: it is not valid; where, and what was expected.
+        SchemaError: It is not valid; where, and what was expected.
     """
     dialect = schema.get("$schema")
     properties = schema.get("properties")
@@ -39,8 +39,8 @@ def check(schema: Mapping[str, Any]) -> None:
         raise SchemaError(f"is not a valid JSON Schema: 'properties' must be an object, not {properties!r}")
     parts = [("", {**schema, "properties": {}}), *((f"properties/{name}", value) for name, value in properties.items())]
     for place, part in parts:
-        # Checking costs more than all else that reading a tool does, but without names and words for people the same
-        # few schemas come up over and over.
+        # Checking is the slowest part of reading a tool. Without descriptions, the same few schemas come up over and
+        # over, so results are cached.
         if isinstance(part, Mapping):
             part = {key: value for key, value in part.items() if not _is_sound(key, value)}
         flaw = _flaw(json.dumps(part), dialect if isinstance(dialect, str) else None)
@@ -75,7 +75,7 @@ def resolve(reference: str, root: Mapping[str, Any]) -> Any:
     """Follow a local reference (`#`, `#/$defs/Name`, any JSON pointer) inside `root`.
 
     Raises:
-        SchemaError: the reference points outside the schema or at nothing.
+        SchemaError: The reference points outside the schema or at nothing.
     """
     if not reference.startswith("#") or (len(reference) > 1 and reference[1] != "/"):
         raise SchemaError(f"refers to {reference!r}; only references within it, such as '#/$defs/Name', are read")
@@ -98,7 +98,7 @@ def inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
     definitions. So the top of every property is always a plain schema.
 
     Raises:
-        SchemaError: a reference that leads nowhere, or a schema that unfolds past `MAX_NODES` nodes.
+        SchemaError: A reference that leads nowhere, or a schema that unfolds past `MAX_NODES` nodes.
     """
     nodes = 0
     kept = False
@@ -195,7 +195,7 @@ def types_of_value(value: Any) -> frozenset[str]:
     """Return the JSON types that `value` counts as; an integer is a number too.
 
     Raises:
-        SchemaError: a value that JSON has no type for.
+        SchemaError: A value that JSON has no type for.
     """
     if value is None:
         return frozenset({"null"})

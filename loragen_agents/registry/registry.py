@@ -28,13 +28,14 @@ _SCALARS = frozenset({"null", "boolean", "integer", "number", "string"})
 class ToolRegistry:
     """An ordered, immutable set of tools with unique names, and the form in which their inputs are written.
 
-    tools: the tools, in the order in which prompts list them.
-    input_format: "json" (an object on one line) or "csv" (values in schema order, as in GPT4Tools).
-
     An empty registry stands for a model that only answers.
 
+    Args:
+        tools: The tools, in the order in which prompts list them.
+        input_format: "json" (an object on one line) or "csv" (values in schema order, as in GPT4Tools).
+
     Raises:
-        RegistryError: two tools of one name, or one whose arguments csv can't write.
+        RegistryError: Two tools of one name, or one whose arguments csv can't write.
     """
 
     def __init__(self, tools: Iterable[Tool], *, input_format: InputFormat = "json") -> None:
@@ -118,11 +119,15 @@ class ToolRegistry:
     def from_tools(cls, tools: Iterable[Any], *, input_format: InputFormat = "json") -> "ToolRegistry":
         """Read tools of any make: `Tool`, LangChain tools, functions, pydantic classes, OpenAI, Anthropic or MCP dicts.
 
-        Arguments that LangChain injects at run time (tool runtime, state, store) are not the model's to give and are
-        left out.
+        Arguments that LangChain injects at run time (tool runtime, state, store) are left out: the model doesn't give
+        them.
+
+        Args:
+            tools: The tools, in any of these forms.
+            input_format: How their inputs are written, "json" or "csv".
 
         Raises:
-            RegistryError: a tool that can't be read or used, by name.
+            RegistryError: A tool that can't be read or used, by name.
         """
         return cls([_read_tool(tool) for tool in tools], input_format=input_format)
 
@@ -132,13 +137,15 @@ class ToolRegistry:
     ) -> "ToolRegistry":
         """Read the tools of MCP servers (needs the extra `mcp`).
 
-        connections: server name to connection, as `langchain_mcp_adapters.client.MultiServerMCPClient` takes them, for
-            instance `{"files": {"transport": "stdio", "command": "python", "args": ["server.py"]}}`.
-
         To run the tools too, call `MultiServerMCPClient(connections).get_tools()` and hand those to `from_tools`.
 
+        Args:
+            connections: Server name to connection, as `langchain_mcp_adapters.client.MultiServerMCPClient` takes them,
+                for instance `{"files": {"transport": "stdio", "command": "python", "args": ["server.py"]}}`.
+            input_format: How the tools' inputs are written, "json" or "csv".
+
         Raises:
-            RegistryError: the extra is missing, or a tool can't be used. Errors of the connection pass through.
+            RegistryError: The extra is missing, or a tool can't be used. Errors of the connection pass through.
         """
         try:
             from langchain_mcp_adapters.client import MultiServerMCPClient
@@ -154,7 +161,7 @@ class ToolRegistry:
         """Read a registry file: `input_format` and a list `tools` of `name`, `description` and `parameters`.
 
         Raises:
-            RegistryError: what is wrong, with file, line and what was expected there.
+            RegistryError: What is wrong, with file, line and what was expected there.
         """
         content = read_registry_file(Path(path))
         registry = cls([], input_format=content.input_format)

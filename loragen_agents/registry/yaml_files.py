@@ -77,7 +77,7 @@ def read_registry_file(path: Path) -> RegistryFile:
     """Read a registry file.
 
     Raises:
-        RegistryError: what is wrong, with file, line and what was expected there.
+        RegistryError: What is wrong, with file, line and what was expected there.
     """
     try:
         with path.open("rb") as file:
@@ -121,7 +121,7 @@ def write_registry_file(tools: Iterable[Tool], input_format: InputFormat, path: 
 
 
 class _Reader:
-    """Walks the node tree, which still knows its lines, and constructs values from it."""
+    """Turns YAML nodes into values. Nodes, unlike values, know their lines, which error messages need."""
 
     def __init__(self, path: Path, loader: _Loader) -> None:
         self.path = path
