@@ -65,9 +65,11 @@ def answer_entry(model: BaseChatModel, entry: Entry) -> dict[str, Any]:
     """What the model calls for one row, in BFCL's format for models with function calling.
 
     Returns:
-        result: [{name: arguments as JSON}, ...], or the text where nothing was called; an error that the model raises
-            is its text, as BFCL writes it. calls: [{name: arguments}, ...]; a call that can't be read has none.
-        latency, input_token_count, output_token_count: over all steps. first_token_seconds: of the first step.
+        result: [{name: arguments as JSON}, ...], or the text where nothing was called. An error that the model raises
+            is its text, as BFCL writes it.
+        calls: [{name: arguments}, ...]; a call that can't be read has no arguments.
+        latency, input_token_count, output_token_count: over all steps.
+        first_token_seconds: of the first step.
     """
     started = time.perf_counter()
     calls: list[dict[str, Any]] = []

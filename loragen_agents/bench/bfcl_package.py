@@ -57,7 +57,9 @@ Checker = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Se
 class Entry:
     """One row of BFCL: the conversation, its functions, and for AST categories what counts as right.
 
-    answer: one entry for each call due, {function: {argument: [allowed values]}}; None in (ir)relevance categories.
+    Attributes:
+        messages: (role, content), in order.
+        answer: one entry for each call due, {function: {argument: [allowed values]}}; None in (ir)relevance categories.
     """
 
     id: str

@@ -104,7 +104,7 @@ def calls_task(
     """Draw a task: for every source of `calls`, `requests` requests in registries of `registry_size` tools.
 
     Args:
-        tools, calls: as `training.data.read_tools` and `read_calls` give them; wrong tools come from all of `tools`.
+        tools, calls: as `data.records.read_tools` and `read_calls` give them; wrong tools come from all of `tools`.
         seed: with the other arguments it decides every registry and every request.
         names: "real", or "invented" for a made-up word in place of every tool's name (and the sampler's other modes).
         irrelevant: share of the requests whose tool is left out of the registry, so that no call is right.

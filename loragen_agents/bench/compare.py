@@ -16,8 +16,10 @@ from loragen_agents.errors import DataError
 class Comparison:
     """One variant of A against one of B.
 
-    samples: how many samples both scored; only they count.
-    a, b: means over them, in [0, 1]; differences: B - A.
+    Attributes:
+        samples: how many samples both scored; only they count.
+        a, b: means over these samples, in [0, 1].
+        differences: B - A.
     """
 
     variant_a: str

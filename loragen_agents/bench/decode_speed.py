@@ -39,10 +39,11 @@ REQUEST = "Tell me everything there is to know about the sea, in as many words a
 class Speeds:
     """Medians over the rounds. Speeds in tokens per second; ratios are medians of the rounds' own ratios.
 
-    generate, bare, merged: transformers' `generate`, and this package's loop on the bare and on the merged model.
-    grammar: the merged model held to the grammar while it writes an answer, where nothing is forced.
-    tool_call: the merged model writing calls within the grammar, forced tokens included.
-    bandwidth_limit: what reading every weight once a token allows, at the rate at which this machine sums numbers.
+    Attributes:
+        generate, bare, merged: transformers' `generate`, and this package's loop on the bare and on the merged model.
+        grammar: the merged model held to the grammar while it writes an answer, where nothing is forced.
+        tool_call: the merged model writing calls within the grammar, forced tokens included.
+        bandwidth_limit: what reading every weight once a token allows, at the rate at which this machine sums numbers.
     """
 
     generate: float

@@ -20,7 +20,12 @@ from loragen_agents.support.console import messages, visible
 class LiveTable:
     """A context in which calls with a record update the table. Draws on stderr, and only on a terminal.
 
-    variants: names of the table's variants; missing: variant -> what makes its weights, shown in the variant's place.
+    Args:
+        title, metrics: of the table; metrics are metric -> heading.
+        variants: names of the table's lines.
+        missing: variant -> what makes its weights; shown as "no weights yet".
+        records: what an earlier part of the run scored.
+        total: records of the whole run.
     """
 
     def __init__(

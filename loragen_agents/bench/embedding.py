@@ -51,7 +51,8 @@ def tool_text(tool: Tool) -> str:
 class EmbeddingSession:
     """The encoder, ready for one registry.
 
-    setup_seconds: what encoding the tools took.
+    Attributes:
+        setup_seconds: what encoding the tools took.
     """
 
     def __init__(self, registry: ToolRegistry, encoder: Any) -> None:

@@ -1,7 +1,7 @@
 """`bench gpt4tools`: GPT4Tools-mini, or a user's own GPT4Tools file, as a task.
 
-Brings samples into the benchmark's form and hands them GPT4Tools' score. Scoring itself is `gpt4tools`, the shipped
-samples are `gpt4tools_mini`, the file format is `training.gpt4tools`.
+Turns samples into the benchmark's form. Scoring is `gpt4tools_score`, the shipped samples are `data.gpt4tools_mini`,
+the file format is `data.gpt4tools_files`.
 """
 
 from __future__ import annotations

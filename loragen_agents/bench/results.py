@@ -40,11 +40,12 @@ class Outcome:
 class RunFolder:
     """The folder of one run.
 
-    path: where the records and `results.json` go; None keeps records in memory only.
-    header: everything that decides the records; a folder with another header is not mixed with.
-    resume: go on from the records that are there; else the folder must hold none.
-    file: the records' file, one JSON object a line.
-    fields: what every record has.
+    Args:
+        path: where the records and `results.json` go; None keeps records in memory only.
+        header: all settings that decide the records. A folder whose run had other settings is refused.
+        resume: go on from the records that are there; else the folder must hold none.
+        file: the records' file, one JSON object a line.
+        fields: what every record has.
 
     Raises:
         DataError: the folder holds a run and `resume` is not set, it holds none and `resume` is set, its header is
@@ -137,8 +138,9 @@ class RunFolder:
 def read_records(path: Path, *, cut_off: bool = False, fields: frozenset[str] = _FIELDS) -> list[Record]:
     """The records of a run.
 
-    cut_off: whether a last line without an end is passed over, as a kill leaves it.
-    fields: what every record must have.
+    Args:
+        cut_off: skip a last line that has no end, as a killed run leaves it.
+        fields: what every record must have.
 
     Raises:
         DataError: the file is missing or a line is damaged; the message names it.

@@ -25,7 +25,8 @@ _TOOLS_KEPT = 5
 class Session(Protocol):
     """A variant that is ready for one registry.
 
-    setup_seconds: what getting ready took; None for variants that have nothing to get ready, and once it is recorded.
+    Attributes:
+        setup_seconds: what getting ready took; None where nothing had to be done, and once it is recorded.
     """
 
     setup_seconds: float | None

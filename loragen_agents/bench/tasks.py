@@ -34,8 +34,8 @@ class BenchSample:
         turns: the conversation; the last turn is open.
         gold: the gold continuation as text, from `Thought:` on.
         calls: the gold calls, where the task judges calls, in any order; none where an answer without a tool is due.
-        due: where the gold continuation takes several steps, all of them; what they report is shown to the model after
-            each of its own.
+        due: where the gold continuation takes several steps, all of them. After each of its own steps the model is
+            shown what the gold step of that tool reports.
     """
 
     id: str
@@ -53,7 +53,8 @@ class BenchSample:
 class Written:
     """What a variant wrote after the thought question, why it stopped (stop, length), and what it cost.
 
-    tools: where all tools were scored, each one's probability, given that one is called (or its cosine).
+    Attributes:
+        tools: where all tools were scored, each one's probability, given that one is called (or its cosine).
     """
 
     prompt: str
@@ -66,7 +67,9 @@ class Written:
 class Scorer(Protocol):
     """Judges what a model wrote after `Thought: Do I need to use a tool?`; gives the metrics that apply.
 
-    written: of several steps, the first one's cost and all of their text. steps: each step, parsed.
+    Args:
+        written: of several steps, the first one's cost and all of their text.
+        steps: each step, parsed.
     """
 
     def __call__(self, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Mapping[str, float]: ...

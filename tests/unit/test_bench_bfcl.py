@@ -20,7 +20,11 @@ from loragen_agents.bench.bfcl import answer_entry, openai_tool, run_bfcl, score
 from loragen_agents.bench.bfcl_package import Entry, load_checker, read_entries, unpack
 from loragen_agents.bench.results import read_results
 from loragen_agents.chat.chat_models import LoRAGenChatModel
+from loragen_agents.cli import main
 from loragen_agents.errors import DataError, RegistryError
+from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+from loragen_agents.models.language_models import load_language_model
+from tests.tiny_models import save_tiny_model
 
 PAINT = {
     "name": "wall.paint",
@@ -248,3 +252,21 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(DataError, match=r"BFCL_v4_multiple\.json can't be read"):
         read_entries(tmp_path / "package", "multiple")
+
+
+def test_the_command_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpack(made := wheel(tmp_path), tmp_path / "package", hashlib.sha256(made.read_bytes()).hexdigest())
+    monkeypatch.setattr(bfcl_package, "obtain", lambda progress: tmp_path / "package")
+    edge = load_language_model(save_tiny_model(tmp_path / "edge"), device="cpu", dtype="float32")
+    generator = LoRAGenerator(GeneratorConfig(n_experts=2, top_k=1, rank=2), edge, edge).eval()
+    generator.save(tmp_path / "generator")
+    command = ["bench", "bfcl", "--json", "--limit", "2", "--max-tokens", "16", "--out", str(tmp_path / "run")]
+    command += ["--edge", str(tmp_path / "edge"), "--generator", str(tmp_path / "generator"), "--dtype", "float32"]
+    assert main([*command, "--categories", "multiple,irrelevance"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {name: row["scored"] for name, row in document["variants"].items()} == {"irrelevance": 1, "multiple": 2}
+    assert document["models"]["edge"]["fingerprint"] == edge.fingerprint and document["generator"]
+    assert main([*command, "--categories", "multiple,exec"]) == 1
+    assert "no category 'exec'" in capsys.readouterr().out

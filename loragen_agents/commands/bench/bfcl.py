@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise DataError(f"A limit of {arguments.limit} rows leaves nothing to score; give 1 or more.")
     names = [name.strip() for name in arguments.categories.split(",")] if arguments.categories else list(CATEGORIES)
     names = ["simple_python" if name == "simple" else name for name in names]
+    if unknown := [name for name in names if name not in CATEGORIES]:
+        raise DataError(f"There is no category {unknown[0]!r}; expected some of {', '.join(CATEGORIES)}.")
     with shown(silent if arguments.json else None) as progress:
         folder = obtain(progress)
     entries = {name: read_entries(folder, name, arguments.limit) for name in names}
