@@ -1,7 +1,7 @@
-"""Runs rows on real models: loads what a row needs, gets it ready for a registry, and times each turn.
+"""Runs variants on real models: loads what a variant needs, gets it ready for a registry, and times each turn.
 
-All rows share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none profits
-from the one before; a `+cached` row keeps its definitions, and nothing else, in it. Knows nothing of samples and
+All variants share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none profits
+from the one before; a `+cached` variant keeps its definitions, and nothing else, in it. Knows nothing of samples and
 scores.
 """
 
@@ -19,8 +19,8 @@ from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.bench import embedding
 from loragen_agents.bench.costs import PeakMemory, TurnCost, kv_cache_bytes, model_bytes
 from loragen_agents.bench.recipes import weights_of_task
-from loragen_agents.bench.rows import Row
 from loragen_agents.bench.tasks import Written
+from loragen_agents.bench.variants import Variant
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.react import ACTION, ANSWER, NO_TOOL, OBSERVATION_STOP, USE_TOOL
 from loragen_agents.edge.kv_cache import PrefixStore
@@ -39,43 +39,44 @@ if TYPE_CHECKING:
 
 
 class ModelSession:
-    """A row that is ready for one registry.
+    """A variant that is ready for one registry.
 
-    setup_seconds: what getting ready took: specialising (generator rows) or reading the prefix (cached rows).
+    Attributes:
+        setup_seconds: what getting ready took: specialising, or reading the prefix into the cache.
     """
 
     def __init__(
         self,
-        row: Row,
+        variant: Variant,
         model: SpecializedLM,
         registry: ToolRegistry,
         system_text: str,
         sampling: Sampling,
         setup_seconds: float | None,
     ) -> None:
-        self.row, self.model, self.registry, self.system_text = row, model, registry, system_text
+        self.variant, self.model, self.registry, self.system_text = variant, model, registry, system_text
         self.setup_seconds = setup_seconds
         # The grammar ends a call by itself; free text is cut before the model invents the tool's report.
-        self._sampling = sampling if row.grammar else replace(sampling, stop=(OBSERVATION_STOP,))
+        self._sampling = sampling if variant.grammar else replace(sampling, stop=(OBSERVATION_STOP,))
         self._memory = PeakMemory(model.edge.device)
         # Room for pinned prefixes, and where tools are scored for the prompt at hand: a turn's own are gone before the
         # next one.
-        model.decoder.prefixes = PrefixStore(entries=1 if row.choice else 0)
-        if row.cached:
+        model.decoder.prefixes = PrefixStore(entries=1 if variant.choice else 0)
+        if variant.cached:
             started = time.perf_counter()
             model.decoder.read(self._prefix(), pin=True)
             self.setup_seconds = time.perf_counter() - started
-        self._scorer = self._make_scorer() if row.choice and len(registry) else None
+        self._scorer = self._make_scorer() if variant.choice and len(registry) else None
 
     def write(self, turns: Sequence[Turn]) -> Written:
         decoder = self.model.decoder
-        if not self.row.cached:
+        if not self.variant.cached:
             decoder.prefixes.clear()
         prompt = self._prompt(turns)
         scored: ScoredPrompt | None = None
         with self._memory.measure():
             if self._scorer is None:
-                grammar = self.model.grammar() if self.row.grammar else None
+                grammar = self.model.grammar() if self.variant.grammar else None
                 (completion,) = decoder.generate([prompt], self._sampling, grammar)
             else:
                 scored = self.model.score(prompt, opening=not turns[-1].steps, scorer=self._scorer)
@@ -94,8 +95,8 @@ class ModelSession:
 
     def choose(self, turns: Sequence[Turn]) -> Written:
         """Choose a tool or none, as `write` does, and write no more than that."""
-        assert self._scorer is not None, "only rows that score all tools choose one"
-        if not self.row.cached:
+        assert self._scorer is not None, "only variants that score all tools choose one"
+        if not self.variant.cached:
             self.model.decoder.prefixes.clear()
         prompt = self._prompt(turns)
         started = time.perf_counter()
@@ -108,23 +109,23 @@ class ModelSession:
 
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
         renderer = self.model.renderer
-        if self.row.definitions:
+        if self.variant.definitions:
             return renderer.full_react(self.registry, turns, self.system_text)
         return renderer.user_turn(turns)
 
     def _prompt_text(self, turns: Sequence[Turn]) -> str:
         renderer = self.model.renderer
-        if self.row.definitions:
+        if self.variant.definitions:
             return renderer.full_react_text(self.registry, turns, self.system_text)
         return renderer.user_turn_text(turns)
 
     def _make_scorer(self) -> ToolScorer:
-        """The scorer of this row's prompts."""
+        """The scorer of this variant's prompts."""
         from loragen_agents.edge.tool_choice import NameScorer
 
-        if self.row.match:
+        if self.variant.match:
             return self.model.scorer
-        renderer = cast(PromptRenderer, _RowPrompts(self)) if self.row.definitions else self.model.renderer
+        renderer = cast(PromptRenderer, _VariantPrompts(self)) if self.variant.definitions else self.model.renderer
         return NameScorer(self.model.decoder, renderer, self.registry)
 
     def _prefix(self) -> list[int]:
@@ -137,8 +138,8 @@ class ModelSession:
         return one[:length]
 
 
-class _RowPrompts:
-    """What a `NameScorer` asks of a renderer, with the row's own prompts."""
+class _VariantPrompts:
+    """What a `NameScorer` asks of a renderer, with the variant's own prompts."""
 
     def __init__(self, session: ModelSession) -> None:
         self.user_turn = session._prompt
@@ -147,10 +148,10 @@ class _RowPrompts:
 
 
 class ModelEngine:
-    """Rows on one edge LM.
+    """Variants on one edge LM.
 
     Args:
-        task: whose default weights the rows take (see `recipes`).
+        task: whose default weights the variants take (see `recipes`).
         edge, cloud: names of language models; cloud None: the edge LM itself.
         weights: `BASE=FOLDER` texts in place of the defaults.
         max_tokens: bound on the text of one step.
@@ -180,68 +181,78 @@ class ModelEngine:
         self._adapters: dict[str, LoRAWeights] = {}
         self._sessions: dict[str, ModelSession | embedding.EmbeddingSession] = {}
 
-    def open(self, row: Row, registry: ToolRegistry, system_text: str) -> ModelSession | embedding.EmbeddingSession:
-        """The row's session for this registry: the last one where it fits, else a new one in its place."""
-        session = self._sessions.get(row.name)
+    def open(
+        self, variant: Variant, registry: ToolRegistry, system_text: str
+    ) -> ModelSession | embedding.EmbeddingSession:
+        """The variant's session for this registry: the last one where it fits, else a new one in its place."""
+        session = self._sessions.get(variant.name)
         if session and session.registry.fingerprint == registry.fingerprint and session.system_text == system_text:
             return session
-        self._sessions.pop(row.name, None)
-        self._sessions[row.name] = made = self._session(row, registry, system_text)
+        self._sessions.pop(variant.name, None)
+        self._sessions[variant.name] = made = self._session(variant, registry, system_text)
         return made
 
-    def _session(self, row: Row, registry: ToolRegistry, system_text: str) -> ModelSession | embedding.EmbeddingSession:
-        if row.embedding:
+    def _session(
+        self, variant: Variant, registry: ToolRegistry, system_text: str
+    ) -> ModelSession | embedding.EmbeddingSession:
+        if variant.embedding:
             return embedding.EmbeddingSession(registry, embedding.encoder(str(self.edge.device)))
         seconds = None
-        if row.base.source == "generator":
+        if variant.base.source == "generator":
             specialization = specialize(
                 registry,
                 system_text,
                 edge=self.edge,
                 cloud=self._cloud_model(),
-                generator=self._generator(row),
+                generator=self._generator(variant),
                 cache=False,
             )
-            # Rows that leave the head out have nothing but the weights to carry the registry.
-            model = specialization.model if row.match else specialization.model.alone
+            # Variants that leave the head out have nothing but the weights to carry the registry.
+            model = specialization.model if variant.match else specialization.model.alone
             seconds = specialization.seconds
         else:
-            adapter = self._adapter(row) if row.base.source == "peft" else None
+            adapter = self._adapter(variant) if variant.base.source == "peft" else None
             model = SpecializedLM(self.edge, adapter, registry)
-        return ModelSession(row, model, registry, system_text, self._sampling, seconds)
+        return ModelSession(variant, model, registry, system_text, self._sampling, seconds)
 
-    def missing(self, rows: Sequence[Row]) -> dict[str, str]:
+    def missing(self, variants: Sequence[Variant]) -> dict[str, str]:
         missing = {}
-        for row in rows:
-            if row.base.source == "none":
+        for variant in variants:
+            if variant.base.source == "none":
                 continue
-            if row.embedding:
+            if variant.embedding:
                 if not embedding.installed():
-                    missing[row.name] = f"`{embedding.INSTALL}` brings it"
+                    missing[variant.name] = f"`{embedding.INSTALL}` brings it"
                 continue
-            weights = self._weights.get(row.base_name)
+            weights = self._weights.get(variant.base_name)
             if weights is None:
-                missing[row.name] = f"give their folder with --weights {row.base_name}=FOLDER"
+                missing[variant.name] = f"give their folder with --weights {variant.base_name}=FOLDER"
             elif not resolve(weights.location).is_dir():
-                missing[row.name] = f"`{weights.command}` makes them" if weights.command else "no checkpoint is shipped"
+                missing[variant.name] = (
+                    f"`{weights.command}` makes them" if weights.command else "no checkpoint is shipped"
+                )
         return missing
 
-    def describe(self, rows: Sequence[Row]) -> dict[str, Any]:
-        cloud = self._cloud_model() if any(row.base.source == "generator" for row in rows) else None
+    def describe(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        cloud = self._cloud_model() if any(variant.base.source == "generator" for variant in variants) else None
         return {
             "models": {
                 "edge": {"name": self.edge.name, "fingerprint": self.edge.fingerprint},
                 "cloud": {"name": cloud.name, "fingerprint": cloud.fingerprint} if cloud else None,
             },
-            "weights": {row.base_name: self._describe_weights(row) for row in rows if row.base.source != "none"},
+            "weights": {
+                variant.base_name: self._describe_weights(variant)
+                for variant in variants
+                if variant.base.source != "none"
+            },
             "device": str(self.edge.device),
             "dtype": str(self.edge.dtype).removeprefix("torch."),
             "max_tokens": self._sampling.max_tokens,
-            "rows_run": [row.name for row in rows],
+            "variants_run": [variant.name for variant in variants],
         }
 
-    def shape(self, row: Row) -> tuple[int, int]:
-        session = self._sessions.get(row.name)
+    def shape(self, variant: Variant) -> tuple[int, int]:
+        session = self._sessions.get(variant.name)
         if isinstance(session, embedding.EmbeddingSession):
             return model_bytes(embedding.encoder(str(self.edge.device))), 0
         model = session.model.model if session else self.edge.model
@@ -263,35 +274,35 @@ class ModelEngine:
             )
         return self._cloud
 
-    def _generator(self, row: Row) -> LoRAGenerator:
-        location = self._weights[row.base_name].location
+    def _generator(self, variant: Variant) -> LoRAGenerator:
+        location = self._weights[variant.base_name].location
         if location not in self._generators:
             generator = LoRAGenerator.load(location, self._cloud_model(), self.edge)
             self._generators[location] = generator.eval()
         return self._generators[location]
 
-    def _adapter(self, row: Row) -> LoRAWeights:
+    def _adapter(self, variant: Variant) -> LoRAWeights:
         """LoRA weights that are the same for every registry: a PEFT folder, or a generator of one expert alone."""
-        location = self._weights[row.base_name].location
+        location = self._weights[variant.base_name].location
         if location not in self._adapters:
             if not (resolve(location) / "generator.json").is_file():
                 self._adapters[location] = LoRAWeights.load_peft(location)
                 return self._adapters[location]
-            generator = self._generator(row)
+            generator = self._generator(variant)
             if generator.config.n_experts != 1 or generator.tool_memory is not None:
                 raise CheckpointError(
-                    f"{location} is a generator that reads registries; row {row.name} takes plain LoRA: a PEFT folder, "
-                    "or a generator of one expert without a tool memory"
+                    f"{location} is a generator that reads registries; variant {variant.name} takes plain LoRA: a PEFT "
+                    "folder, or a generator of one expert without a tool memory"
                 )
             self._adapters[location] = generator.generate("").detach()
         return self._adapters[location]
 
-    def _describe_weights(self, row: Row) -> dict[str, Any]:
-        if row.embedding:
+    def _describe_weights(self, variant: Variant) -> dict[str, Any]:
+        if variant.embedding:
             return {"location": embedding.PACKAGE, "version": metadata.version(embedding.PACKAGE)}
-        weights = self._weights[row.base_name]
+        weights = self._weights[variant.base_name]
         if (resolve(weights.location) / "generator.json").is_file():
-            generator = self._generator(row)
+            generator = self._generator(variant)
             return {"location": weights.location, "fingerprint": generator.fingerprint, "notes": generator.notes}
         files = sorted(Path(weights.location).glob("adapter_model*.safetensors"))
         digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode())

@@ -16,8 +16,8 @@ from loragen_agents.bench.costs import TurnCost, variant_cost
 from loragen_agents.bench.launch import BenchEngine, runnable_variants
 from loragen_agents.bench.report import Cells, markdown_table, missing_lines
 from loragen_agents.bench.results import RunFolder, library_versions, machine
-from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE, Row
 from loragen_agents.bench.runner import Engine
+from loragen_agents.bench.variants import CACHED_REFERENCE, REFERENCE, Variant
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.errors import DataError
 from loragen_agents.registry import Tool, ToolRegistry
@@ -70,7 +70,7 @@ def tool_pool(registries: Sequence[ToolRegistry], size: int) -> list[Tool]:
 
 def measure(
     engine: Engine,
-    variants: Sequence[Row],
+    variants: Sequence[Variant],
     pool: Sequence[Tool],
     *,
     counts: Sequence[int] = TOOL_COUNTS,
@@ -126,7 +126,7 @@ def _weight(count: int) -> int:
 
 def run_latency(
     engine: BenchEngine,
-    variants: Sequence[Row],
+    variants: Sequence[Variant],
     pool: Sequence[Tool],
     *,
     counts: Sequence[int],

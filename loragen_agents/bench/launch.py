@@ -12,29 +12,29 @@ from typing import Any, Protocol
 from loragen_agents.bench import report
 from loragen_agents.bench.display import LiveTable
 from loragen_agents.bench.results import RunFolder, results_document, summarize
-from loragen_agents.bench.rows import Row, check_rows
 from loragen_agents.bench.runner import Engine, run_variants
 from loragen_agents.bench.tasks import Task
+from loragen_agents.bench.variants import Variant, check_variants
 from loragen_agents.errors import DataError
 
 
 class BenchEngine(Engine, Protocol):
     """An engine that also says what it would run."""
 
-    def missing(self, variants: Sequence[Row]) -> dict[str, str]:
+    def missing(self, variants: Sequence[Variant]) -> dict[str, str]:
         """Variant -> what to do, for variants whose weights are not there."""
 
-    def describe(self, variants: Sequence[Row]) -> dict[str, Any]:
+    def describe(self, variants: Sequence[Variant]) -> dict[str, Any]:
         """Models, weights and decoding settings: everything of the engine's that decides scores."""
 
-    def shape(self, variant: Row) -> tuple[int, int]:
+    def shape(self, variant: Variant) -> tuple[int, int]:
         """Bytes of the variant's weights, and of its KV cache a token."""
 
     def output_tokens(self, texts: Sequence[str]) -> list[int]:
         """Lengths of continuations in tokens."""
 
 
-def runnable_variants(engine: BenchEngine, variants: Sequence[Row]) -> tuple[list[Row], dict[str, str]]:
+def runnable_variants(engine: BenchEngine, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
     """The variants that have their weights, and what to do for the others, by name.
 
     Raises:
@@ -48,14 +48,14 @@ def runnable_variants(engine: BenchEngine, variants: Sequence[Row]) -> tuple[lis
 
 
 def run_task(
-    task: Task, variants: Sequence[Row], engine: BenchEngine, *, out: Path | None, resume: bool, command: str
+    task: Task, variants: Sequence[Variant], engine: BenchEngine, *, out: Path | None, resume: bool, command: str
 ) -> dict[str, Any]:
     """Run what can be run and give the results document; after Ctrl-C it holds what was scored until then.
 
     Raises:
         DataError: a variant can't do what the task asks for, none has weights, or `out` can't take the run.
     """
-    check_rows(variants, choice_only=task.choice_only)
+    check_variants(variants, choice_only=task.choice_only)
     runnable, missing = runnable_variants(engine, variants)
     lengths = sorted(engine.output_tokens([sample.gold for sample in task.samples]))
     header = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loragen_agents.bench.rows import BASES, Weights
+from loragen_agents.bench.variants import BASES, Weights
 from loragen_agents.errors import DataError
 
 # Task -> base -> (folder that the recipe writes, recipe under training/).

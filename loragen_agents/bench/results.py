@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loragen_agents.bench.costs import TurnCost, VariantCost, break_even_turns, variant_cost
-from loragen_agents.bench.rows import CACHED_REFERENCE, REFERENCE
 from loragen_agents.bench.statistics import Mean, means
+from loragen_agents.bench.variants import CACHED_REFERENCE, REFERENCE
 from loragen_agents.errors import DataError
 from loragen_agents.support.files import replacing
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from typing import Protocol
 
 from loragen_agents.bench.results import Record, RunFolder
-from loragen_agents.bench.rows import Row
 from loragen_agents.bench.tasks import BenchSample, Task, Written, step_record
+from loragen_agents.bench.variants import Variant
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.conversation.react import OBSERVATION_STOP, Answer, Step, observation_text, parse_step
 from loragen_agents.registry import ToolRegistry
@@ -41,11 +41,11 @@ class Session(Protocol):
 class Engine(Protocol):
     """Runs variants. `open` may return a session that is still there from the last block."""
 
-    def open(self, variant: Row, registry: ToolRegistry, system_text: str) -> Session: ...
+    def open(self, variant: Variant, registry: ToolRegistry, system_text: str) -> Session: ...
 
 
 def run_variants(
-    task: Task, variants: Sequence[Row], engine: Engine, folder: RunFolder, progress: Callable[[Record], None]
+    task: Task, variants: Sequence[Variant], engine: Engine, folder: RunFolder, progress: Callable[[Record], None]
 ) -> None:
     """Score what is not in `folder` yet. An interrupt leaves every finished record there."""
     done = folder.done
@@ -96,7 +96,7 @@ def _step(written: Written, sample: BenchSample) -> Step:
     return parse_step(written.text, sample.registry, cut_off=written.finish == "length")
 
 
-def _record(task: Task, variant: Row, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Record:
+def _record(task: Task, variant: Variant, sample: BenchSample, written: Written, steps: Sequence[Step]) -> Record:
     likeliest = sorted((written.tools or {}).items(), key=lambda item: -item[1])[:_TOOLS_KEPT]
     return {
         "variant": variant.name,

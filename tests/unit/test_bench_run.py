@@ -20,9 +20,9 @@ from loragen_agents.bench.latency import draw, latency_table, measure, tool_pool
 from loragen_agents.bench.latency import run_latency as launch_latency
 from loragen_agents.bench.report import markdown, render, write_report
 from loragen_agents.bench.results import RunFolder, read_records, read_results, results_document, summarize
-from loragen_agents.bench.rows import DEFAULT_ROWS, Row, row_from_name, rows_from_names
 from loragen_agents.bench.runner import run_variants
 from loragen_agents.bench.tasks import BLOCK, BenchSample, Task, Written
+from loragen_agents.bench.variants import DEFAULT_VARIANTS, Variant, variant_from_name, variants_from_names
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.data.episodes import GoldCall
 from loragen_agents.data.gpt4tools_mini_rows import mini_registry
@@ -33,16 +33,16 @@ from tests.tiny_models import tiny_model
 
 
 class FakeSession:
-    def __init__(self, engine: "FakeEngine", row: Row, tokens: int) -> None:
-        self.engine, self.row, self.tokens = engine, row, tokens
-        self.setup_seconds: float | None = 0.5 if row.base.source == "generator" else None
+    def __init__(self, engine: "FakeEngine", variant: Variant, tokens: int) -> None:
+        self.engine, self.variant, self.tokens = engine, variant, tokens
+        self.setup_seconds: float | None = 0.5 if variant.base.source == "generator" else None
 
     def write(self, turns: Sequence[Turn]) -> Written:
         self.engine.written += 1
         if self.engine.written == self.engine.stop_after:
             raise KeyboardInterrupt
-        text = self.engine.answers[self.row.name](turns)
-        prompt_tokens = 10 + (self.tokens if self.row.definitions else 0)
+        text = self.engine.answers[self.variant.name](turns)
+        prompt_tokens = 10 + (self.tokens if self.variant.definitions else 0)
         seconds = prompt_tokens / 1000
         return Written("prompt", text, "stop", TurnCost(prompt_tokens, 0, 11, seconds, seconds + 0.1, 1000))
 
@@ -51,45 +51,47 @@ class FakeSession:
 
 
 class FakeEngine:
-    """The first row of the table is always right, the others always answer without a tool."""
+    """The first variant of the table is always right, the others always answer without a tool."""
 
     def __init__(self, task: Task | None = None, stop_after: int | None = None) -> None:
         gold = {sample.turns: sample.gold.removeprefix(THOUGHT_QUESTION) for sample in task.samples} if task else {}
         self.stop_after, self.written, self.opened = stop_after, 0, 0
         no_tool = lambda turns: " No\nAI: I can't."  # noqa: E731
-        self.answers: dict[str, Any] = {name: no_tool for name in DEFAULT_ROWS}
+        self.answers: dict[str, Any] = {name: no_tool for name in DEFAULT_VARIANTS}
         if task:
             self.answers["lora-gen"] = lambda turns: gold[tuple(turns)]
 
-    def open(self, row: Row, registry: ToolRegistry, system_text: str) -> FakeSession:
+    def open(self, variant: Variant, registry: ToolRegistry, system_text: str) -> FakeSession:
         self.opened += 1
-        return FakeSession(self, row, 100 * len(registry))
+        return FakeSession(self, variant, 100 * len(registry))
 
-    def missing(self, rows: Sequence[Row]) -> dict[str, str]:
+    def missing(self, variants: Sequence[Variant]) -> dict[str, str]:
         return {}
 
-    def describe(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {"rows_run": [row.name for row in rows]}
+    def describe(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        return {"rows_run": [variant.name for variant in variants]}
 
-    def shape(self, row: Row) -> tuple[int, int]:
+    def shape(self, variant: Variant) -> tuple[int, int]:
         return 0, 0
 
     def output_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]
 
 
-def run(task: Task, folder: RunFolder, rows: Sequence[Row], stop_after: int | None = None) -> dict[str, Any]:
+def run(task: Task, folder: RunFolder, variants: Sequence[Variant], stop_after: int | None = None) -> dict[str, Any]:
     engine = FakeEngine(task, stop_after)
     seen: list[Any] = []
     try:
-        run_variants(task, rows, engine, folder, seen.append)
+        run_variants(task, variants, engine, folder, seen.append)
         complete = True
     except KeyboardInterrupt:
         complete = False
     finally:
         folder.close()
-    shapes = {row.name: (5000, 2) for row in rows}
-    summary = summarize([(row.name, row.title) for row in rows], folder.records, list(task.metrics), shapes, 20)
+    shapes = {variant.name: (5000, 2) for variant in variants}
+    summary = summarize(
+        [(variant.name, variant.title) for variant in variants], folder.records, list(task.metrics), shapes, 20
+    )
     results = results_document(
         folder.header, summary, missing={"lora": "loragen-agents train x.yaml"}, complete=complete, command="bench"
     )
@@ -110,7 +112,7 @@ def task() -> Task:
     return mini_task(("unseen",), limit=20)
 
 
-ROWS = rows_from_names(["definitions", "lora-gen"])
+ROWS = variants_from_names(["definitions", "lora-gen"])
 
 
 def test_every_row_scores_every_sample(task: Task, tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_due_steps_are_written_one_after_the_other(tmp_path: Path) -> None:
 
     engine.answers["bare"] = write
     folder = RunFolder(None, header(several))
-    run_variants(several, rows_from_names(["bare", "lora-gen"]), engine, folder, lambda record: None)
+    run_variants(several, variants_from_names(["bare", "lora-gen"]), engine, folder, lambda record: None)
     assert [record["scores"]["success"] for record in folder.records] == [1.0, 0.0]
     assert engine.written == 3  # an answer ends the steps
 
@@ -170,7 +172,7 @@ def test_two_calls_in_either_order_are_followed_by_their_own_reports(tmp_path: P
     engine.answers["lora-gen"] = write
     task = Task("calls", "Two calls", METRICS, "call", [sample], score_call)
     folder = RunFolder(None, header(task))
-    run_variants(task, rows_from_names(["lora-gen"]), engine, folder, lambda record: None)
+    run_variants(task, variants_from_names(["lora-gen"]), engine, folder, lambda record: None)
     assert folder.records[0]["scores"]["call"] == 1.0
     assert seen == [(), (TakenStep("south", "{}", "south done"),)]
 
@@ -180,7 +182,7 @@ def test_the_choice_alone_takes_no_step(tmp_path: Path) -> None:
     sample = BenchSample("1", "own", "call", registry, (Turn("?"),), "", calls=(GoldCall("one", {}),))
     task = Task("choice", "Choice", CHOICE_METRICS, "tool", [sample], score_choice, choice_only=True)
     folder = RunFolder(None, header(task))
-    run_variants(task, rows_from_names(["lora-gen+match"]), FakeEngine(), folder, lambda record: None)
+    run_variants(task, variants_from_names(["lora-gen+match"]), FakeEngine(), folder, lambda record: None)
     assert folder.records[0]["scores"] == {"tool": 0.0, "best": 1.0, "called": 0.0}
     assert folder.records[0]["tools"] == {"one": 0.75, "two": 0.25}
 
@@ -243,7 +245,7 @@ def test_report_and_tables(task: Task, tmp_path: Path) -> None:
 
 def test_live_table_counts_as_it_goes(task: Task) -> None:
     folder = RunFolder(None, header(task))
-    table = LiveTable(task.title, task.metrics, [row.name for row in ROWS], {}, [], total=2 * len(task.samples))
+    table = LiveTable(task.title, task.metrics, [variant.name for variant in ROWS], {}, [], total=2 * len(task.samples))
     with table:
         run_variants(task, ROWS, FakeEngine(task), folder, table)
     with console.capture() as capture:
@@ -278,15 +280,15 @@ def test_compare_refuses_what_cant_be_paired(task: Task, tmp_path: Path) -> None
 
 
 def test_row_names() -> None:
-    row = row_from_name("definitions+grammar+cached")
-    assert row.name == "definitions+cached+grammar" and row.cached and row.grammar and row.definitions
-    assert "prefix kept" in row.title
-    assert [row.name for row in rows_from_names(["bare", "bare", "lora-gen"])] == ["bare", "lora-gen"]
+    variant = variant_from_name("definitions+grammar+cached")
+    assert variant.name == "definitions+cached+grammar" and variant.cached and variant.grammar and variant.definitions
+    assert "prefix kept" in variant.title
+    assert [variant.name for variant in variants_from_names(["bare", "bare", "lora-gen"])] == ["bare", "lora-gen"]
     for name, message in (("nonsense", "expected one of"), ("bare+fast", "no option"), ("lora-gen+cached", "prefix")):
         with pytest.raises(DataError, match=message):
-            row_from_name(name)
-    with pytest.raises(DataError, match="No rows"):
-        rows_from_names([])
+            variant_from_name(name)
+    with pytest.raises(DataError, match="No variants"):
+        variants_from_names([])
 
 
 def turn(prompt: int, first: float, seconds: float, tokens: int = 11) -> TurnCost:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench import latency
     from loragen_agents.bench.report import text_table
-    from loragen_agents.bench.rows import rows_from_names
+    from loragen_agents.bench.variants import variants_from_names
     from loragen_agents.registry import ToolRegistry
     from loragen_agents.support.console import print_json
     from loragen_agents.support.content import content_folder
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     with shown(silent if arguments.json else None) as progress:
         document = latency.run_latency(
             engine,
-            rows_from_names(latency.LATENCY_VARIANTS),
+            variants_from_names(latency.LATENCY_VARIANTS),
             latency.tool_pool([ToolRegistry.from_yaml(path) for path in paths], max(counts)),
             counts=counts,
             repeats=arguments.repeats,

@@ -50,11 +50,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run_task(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> int:
     from loragen_agents.bench import report
     from loragen_agents.bench.launch import run_task as run_it
-    from loragen_agents.bench.rows import CHOICE_ROWS, DEFAULT_ROWS, rows_from_names
+    from loragen_agents.bench.variants import CHOICE_VARIANTS, DEFAULT_VARIANTS, variants_from_names
     from loragen_agents.support.console import print_json
 
-    default = CHOICE_ROWS if task.choice_only else DEFAULT_ROWS
-    variants = rows_from_names(arguments.variants.split(",") if arguments.variants else default)
+    default = CHOICE_VARIANTS if task.choice_only else DEFAULT_VARIANTS
+    variants = variants_from_names(arguments.variants.split(",") if arguments.variants else default)
     document = run_it(
         task,
         variants,

@@ -1,7 +1,7 @@
-"""The rows of the table: what each puts into the prompt, whose weights it runs, and how it decodes.
+"""The variants of the table: what each puts into the prompt, whose weights it runs, and how it decodes.
 
-A row's name is a base and options, `lora-gen+grammar`. Knows how a row's weights come to be (the command that makes
-them), not how they are loaded or run.
+A variant's name is a base and options, `lora-gen+grammar`. Knows the command that makes a variant's weights, not how
+they are loaded or run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ Source = Literal["none", "peft", "generator", "embedding"]
 
 @dataclass(frozen=True)
 class Base:
-    """What a row is before options.
+    """What a variant is before options.
 
-    definitions: whether tool definitions stand in the prompt.
-    source: where its weights come from: none (the bare model), a PEFT folder, a generator checkpoint, or none of these
-        (a sentence encoder in place of the model).
-    trained: whether the weights were trained for the tools' family, that is, must be made with a recipe first.
+    Attributes:
+        definitions: whether tool definitions stand in the prompt.
+        source: where its weights come from: none (the bare model), a PEFT folder, a generator checkpoint, or a sentence
+            encoder that stands in for the model.
+        trained: whether the weights were trained for the tools' family, that is, must be made with a recipe first.
     """
 
     title: str
@@ -47,7 +48,7 @@ OPTIONS: dict[str, str] = {
     "match": "tool chosen by the tool head",
 }
 REFERENCE, CACHED_REFERENCE = "definitions", "definitions+cached"
-DEFAULT_ROWS: tuple[str, ...] = (
+DEFAULT_VARIANTS: tuple[str, ...] = (
     REFERENCE,
     CACHED_REFERENCE,
     "definitions+grammar",
@@ -61,12 +62,12 @@ DEFAULT_ROWS: tuple[str, ...] = (
     "lora-gen-trained+grammar",
     "lora-gen-trained+match",
 )
-CHOICE_ROWS: tuple[str, ...] = ("lora-gen+match", "minilm")
+CHOICE_VARIANTS: tuple[str, ...] = ("lora-gen+match", "minilm")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table."""
+class Variant:
+    """One variant of the table."""
 
     name: str
     base: Base
@@ -110,48 +111,48 @@ class Row:
         return self.base.source == "embedding"
 
 
-def row_from_name(name: str) -> Row:
-    """Read a row's name.
+def variant_from_name(name: str) -> Variant:
+    """Read a variant's name.
 
     Raises:
         DataError: no such base or option, or an option that the base can't have.
     """
     base_name, *options = name.strip().split("+")
     if base_name not in BASES:
-        raise DataError(f"There is no row {name!r}: expected one of {', '.join(BASES)}, with options {_options()}.")
+        raise DataError(f"There is no variant {name!r}: expected one of {', '.join(BASES)}, with options {_options()}.")
     base = BASES[base_name]
     for option in options:
         if option not in OPTIONS:
-            raise DataError(f"Row {name!r}: no option {option!r}; expected {_options()}.")
+            raise DataError(f"Variant {name!r}: no option {option!r}; expected {_options()}.")
     if "cached" in options and not base.definitions:
-        raise DataError(f"Row {name!r}: only a prompt with definitions has a prefix to keep; leave '+cached' out.")
+        raise DataError(f"Variant {name!r}: only a prompt with definitions has a prefix to keep; leave '+cached' out.")
     if "match" in options and base.source != "generator":
-        raise DataError(f"Row {name!r}: only a generator has a tool head; leave '+match' out.")
+        raise DataError(f"Variant {name!r}: only a generator has a tool head; leave '+match' out.")
     if base.source == "embedding" and options:
-        raise DataError(f"Row {name!r}: a sentence encoder takes no options; write {base_name!r}.")
+        raise DataError(f"Variant {name!r}: a sentence encoder takes no options; write {base_name!r}.")
     ordered = [option for option in OPTIONS if option in options]
-    return Row("+".join([base_name, *ordered]), base, frozenset(ordered))
+    return Variant("+".join([base_name, *ordered]), base, frozenset(ordered))
 
 
-def rows_from_names(names: Sequence[str]) -> list[Row]:
-    """Read several names; every row once, in the order given."""
-    rows = {row.name: row for row in map(row_from_name, names)}
-    if not rows:
-        raise DataError(f"No rows: name at least one, for example {REFERENCE}.")
-    return list(rows.values())
+def variants_from_names(names: Sequence[str]) -> list[Variant]:
+    """Read several names; every variant once, in the order given."""
+    variants = {variant.name: variant for variant in map(variant_from_name, names)}
+    if not variants:
+        raise DataError(f"No variants: name at least one, for example {REFERENCE}.")
+    return list(variants.values())
 
 
-def check_rows(rows: Sequence[Row], *, choice_only: bool) -> None:
-    """See whether the rows do what is asked of them: only the choice of a tool, or whole steps.
+def check_variants(variants: Sequence[Variant], *, choice_only: bool) -> None:
+    """See whether the variants do what is asked of them: only the choice of a tool, or whole steps.
 
     Raises:
-        DataError: a row can't; the message names it.
+        DataError: a variant can't; the message names it.
     """
-    for row in rows:
-        if choice_only and not (row.choice or row.embedding):
-            raise DataError(f"Row {row.name!r} chooses no tool before it writes: add '+match' or '+choice'.")
-        if not choice_only and row.embedding:
-            raise DataError(f"Row {row.name!r} only chooses a tool, it writes nothing: add --choice-only.")
+    for variant in variants:
+        if choice_only and not (variant.choice or variant.embedding):
+            raise DataError(f"Variant {variant.name!r} chooses no tool before it writes: add '+match' or '+choice'.")
+        if not choice_only and variant.embedding:
+            raise DataError(f"Variant {variant.name!r} only chooses a tool, it writes nothing: add --choice-only.")
 
 
 @dataclass(frozen=True)
