@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loragen_agents.errors import CheckpointError
+from loragen_agents.support.files import replacing
 
 _TENSORS = ("decision_keys", "name_keys", "backgrounds", "weights", "threshold")
 
@@ -60,7 +61,8 @@ class ToolMatch:
     def save(self, path: Path) -> None:
         """Write the tensors as float32 safetensors."""
         tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in _TENSORS}
-        save_file(tensors, path, metadata={"layers": ",".join(map(str, self.layers))})
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"layers": ",".join(map(str, self.layers))})
 
     @classmethod
     def load(cls, path: Path) -> "ToolMatch":

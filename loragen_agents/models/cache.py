@@ -35,7 +35,7 @@ from loragen_agents.models.sources import (
     gguf_sha256,
     join_parts,
 )
-from loragen_agents.support.files import replacing
+from loragen_agents.support.files import open_to_others, replacing
 from loragen_agents.support.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -226,6 +226,8 @@ def _convert(
         convert_gguf(gguf, made, name, progress)
         weights = {path.name for path in weight_files(made)}
         files = sorted(path for path in made.iterdir() if path.is_file())
+        for path in files:
+            open_to_others(path)
         manifest = Manifest(
             conversion=CONVERSION,
             name=name,

@@ -106,23 +106,39 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def remembered(memory: Path, paths: Sequence[Path], kind: str, compute: Callable[[], str]) -> str:
-    """Give `compute()`, or what it gave before for the same files with the same sizes and times of change.
+    """Give `compute()`, or what it gave before for the same files, which have not changed since.
 
-    memory: folder of the notes, one small JSON file each. A folder that can't be written to costs time, nothing else.
+    A note holds the files' sizes and times of change, and a checksum of its own: a garbled one is not believed.
+
+    Args:
+        memory: folder of the notes, one small JSON file each. A folder that can't be written to costs time, nothing
+            else.
+        kind: what is computed; part of the note's name.
     """
-    state = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    state = [_file_state(path) for path in paths]
     key = hashlib.sha256(json.dumps([kind, [entry[0] for entry in state]]).encode()).hexdigest()
     note = memory / f"{key[:32]}.json"
     try:
         known = json.loads(note.read_text("utf-8"))
-        if known["files"] == state:
+        if known["files"] == state and known["checksum"] == _note_checksum(kind, state, known["value"]):
             return str(known["value"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # nothing noted yet, or half a note: it is computed and written anew
     value = compute()
     try:
         with replacing(note) as temporary:
-            temporary.write_text(json.dumps({"kind": kind, "files": state, "value": value}, indent=1), "utf-8")
+            content = {"kind": kind, "files": state, "value": value, "checksum": _note_checksum(kind, state, value)}
+            temporary.write_text(json.dumps(content, indent=1), "utf-8")
     except OSError:
         pass
     return value
+
+
+def _file_state(path: Path) -> list[str | int]:
+    """What tells that a file was changed: the time of its inode's change too, which `cp -p` and `touch` can't set."""
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _note_checksum(kind: str, state: list[list[str | int]], value: str) -> str:
+    return hashlib.sha256(json.dumps([kind, state, value]).encode()).hexdigest()

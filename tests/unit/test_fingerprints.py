@@ -98,3 +98,27 @@ def test_values_are_remembered_until_a_file_changes(tmp_path: Path) -> None:
         note.write_text("not json")
     remembered(tmp_path / "memory", [path], "sha256", compute)
     assert len(calls) == 3
+
+
+def test_a_garbled_note_is_not_believed(tmp_path: Path) -> None:
+    path, memory = tmp_path / "file", tmp_path / "memory"
+    path.write_bytes(b"one")
+    expected = remembered(memory, [path], "sha256", lambda: file_sha256(path))
+    (note,) = memory.iterdir()
+    content = note.read_bytes()
+    for place in range(len(content)):
+        note.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert remembered(memory, [path], "sha256", lambda: file_sha256(path)) == expected
+    note.write_text(json.dumps(json.loads(content) | {"value": "0" * 64}))
+    assert remembered(memory, [path], "sha256", lambda: file_sha256(path)) == expected
+
+
+def test_a_file_with_the_size_and_time_of_another_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    remembered(tmp_path / "memory", [path], "sha256", lambda: file_sha256(path))
+    times = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = remembered(tmp_path / "memory", [path], "sha256", lambda: file_sha256(path))
+    assert found == hashlib.sha256(b"two").hexdigest()

