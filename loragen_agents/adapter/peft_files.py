@@ -1,6 +1,7 @@
 """LoRA weights as PEFT folders: written here (adapter_config.json, adapter_model.safetensors), read from anywhere."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,8 +108,8 @@ def load_peft(folder: str | Path, layers: int | None = None) -> LoRAWeights:
             raise CheckpointError(f"{tensor_file}: {mlp}.{projection} has lora_{''.join(sides)} alone, not both sides")
         layer = paths.index(mlp) if mlp in paths else _layer_number(mlp, tensor_file)
         a, b = sides["A"], sides["B"]
-        own_rank = _pattern(config.get("rank_pattern"), f"{mlp}.{projection}", rank)
-        own_alpha = _pattern(config.get("alpha_pattern"), f"{mlp}.{projection}", alpha)
+        own_rank = _pattern(config, "rank_pattern", f"{mlp}.{projection}", rank, config_file)
+        own_alpha = _pattern(config, "alpha_pattern", f"{mlp}.{projection}", alpha, config_file)
         if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == own_rank:
             raise CheckpointError(
                 f"{tensor_file}: A {tuple(a.shape)} and B {tuple(b.shape)} of {mlp}.{projection} do not fit the "
@@ -133,7 +134,7 @@ def _check_plain_lora(config: dict[str, Any], path: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: expected peft_type LORA, found {config.get('peft_type')!r}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
+    if not _is_rank(rank) or not _is_alpha(alpha):
         raise CheckpointError(f"{path}: r and lora_alpha must be positive numbers, found {rank!r} and {alpha!r}")
     for name in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "modules_to_save"):
         if config.get(name):
@@ -169,9 +170,30 @@ def _layer_number(mlp: str, path: Path) -> int:
     return int(numbers[0])
 
 
-def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: the first key that matches the end of a module's name, as a regex."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _pattern(config: dict[str, Any], field: str, name: str, default: Any, path: Path) -> Any:
+    """A module's value in PEFT's rank_pattern or alpha_pattern: of the first key that matches the end of its name.
+
+    Raises:
+        CheckpointError: the field is no object, a key is no regular expression, or the value is no rank or alpha.
+    """
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: {field} must be an object of patterns and numbers, found {patterns!r}")
+    for key, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", name)
+        except re.error as error:
+            raise CheckpointError(f"{path}: {key!r} in {field} is no regular expression ({error})") from error
+        if found:
+            if not (_is_rank(value) if field == "rank_pattern" else _is_alpha(value)):
+                raise CheckpointError(f"{path}: {key!r} in {field} must be a positive number, found {value!r}")
             return value
     return default

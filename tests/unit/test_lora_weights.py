@@ -322,6 +322,13 @@ def test_damaged_files_are_named(which, damage, tmp_path: Path):
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 0}, "positive"),
+        ({"r": True}, "positive"),
+        ({"lora_alpha": float("nan")}, "positive numbers, found 4 and nan"),
+        ({"lora_alpha": float("inf")}, "positive"),
+        ({"rank_pattern": ["up_proj"]}, "rank_pattern must be an object"),
+        ({"rank_pattern": {"(up": 4}}, r"'\(up' in rank_pattern is no regular expression"),
+        ({"rank_pattern": {"up_proj": "4"}}, "'up_proj' in rank_pattern must be a positive number, found '4'"),
+        ({"alpha_pattern": {"up_proj": float("nan")}}, "'up_proj' in alpha_pattern must be a positive number"),
         ({"r": 5}, "rank 5"),
     ],
 )
