@@ -4,12 +4,15 @@ Exit codes: 0 done; 1 an error of the user's input, files, network or machine; 2
 commands do is in `loragen_agents/commands/`.
 """
 
+import _thread
 import argparse
 import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from loragen_agents import __version__
 from loragen_agents.commands import all_commands
@@ -20,26 +23,74 @@ FAILURE, INTERRUPTED = 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name; sys.argv by default) and return the exit code."""
+    if sys.stderr is None:  # closed by the caller (2>&-): what is said about the work goes nowhere
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        # Before any work: a file opened now would get the number of the standard output.
+        sys.stderr.write("Error: standard output is closed; redirect it (> /dev/null) if the result is not wanted\n")
+        return FAILURE
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal or pipe that can't show a character gets an escape, not a traceback.
             stream.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    with _swallowed_interrupts_again():
+        try:
+            try:
+                code = int(arguments.run(arguments))
+            except KeyboardInterrupt:
+                code = _fail(arguments, "interrupted", "Interrupted", INTERRUPTED)
+            except BrokenPipeError:
+                raise
+            except (LoRAGenError, OSError) as error:
+                if arguments.verbose:
+                    logging.getLogger(__name__).info("", exc_info=error)
+                code = _fail(arguments, str(error), type(error).__name__, FAILURE)
+            sys.stdout.flush()  # so that a broken pipe or a full disk shows here
+            return code
+        except BrokenPipeError:  # the reader of the pipe has gone (`| head`)
+            _abandon_stdout()
+            return FAILURE
+        except OSError as error:
+            _abandon_stdout()
+            arguments.json = False  # there is no stdout to write it to
+            return _fail(arguments, f"the result can't be written: {error}", type(error).__name__, FAILURE)
+
+
+@contextmanager
+def _swallowed_interrupts_again() -> Iterator[None]:
+    """Interrupt once more where Ctrl-C came at a moment at which Python can't let it through.
+
+    In a finaliser or a weak reference's callback, as the import system has them, a KeyboardInterrupt is printed and
+    dropped, and the command would go on.
+    """
+    before = sys.unraisablehook
+    later: list[threading.Timer] = []
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # From another thread: interrupted here and now, the hook itself would swallow it.
+            timer = threading.Timer(0.05, _thread.interrupt_main)
+            timer.daemon = True
+            timer.start()
+            later.append(timer)
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
     try:
-        code = int(arguments.run(arguments))
-        sys.stdout.flush()  # so that a broken pipe shows here
-        return code
-    except KeyboardInterrupt:
-        return _fail(arguments, "interrupted", "Interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of the pipe has gone (`| head`). Python would complain once more when it flushes at exit.
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in later:
+            timer.cancel()
+
+
+def _abandon_stdout() -> None:
+    """Send what stdout still holds nowhere: Python would complain once more when it flushes at exit."""
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except (LoRAGenError, OSError) as error:
-        if arguments.verbose:
-            logging.getLogger(__name__).info("", exc_info=error)
-        return _fail(arguments, str(error), type(error).__name__, FAILURE)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loragen_agents.data.records import DataSet
 
+from loragen_agents.commands.options import output_folder
+
 NAME = "data"
 HELP = "build, check and look at training data"
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--input", type=Path, metavar="FOLDER", help="checkout of the source; for described, a data folder"
     )
-    build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    build.add_argument("--out", type=output_folder, required=True, metavar="FOLDER", help="folder to write")
     build.add_argument(
         "--copies", type=int, metavar="N", help="computer: requests a template (4); described: requests a tool (3)"
     )

@@ -32,6 +32,19 @@ def add_specialization_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cloud", metavar="MODEL", help="the LM that reads the definitions; the edge LM if left out")
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of both LMs (auto: $LORAGEN_AGENTS_DTYPE, or what this machine is fast in)",
+    )
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: the path of a folder to write to, which is not empty (that would be the current folder)."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected the path of a folder, got an empty text (. is the current folder)")
+    return Path(text)
 
 
 def read_tools(given: str) -> "ToolRegistry":
@@ -63,8 +76,9 @@ def load_parts(
     from loragen_agents.generator import LoRAGenerator
     from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
 
-    edge = load_language_model(arguments.edge or DEFAULT_MODEL, device=arguments.device, progress=progress)
+    wanted = {"device": arguments.device, "dtype": arguments.dtype, "progress": progress}
+    edge = load_language_model(arguments.edge or DEFAULT_MODEL, **wanted)
     cloud = edge
     if arguments.cloud is not None and arguments.cloud != edge.name:
-        cloud = load_language_model(arguments.cloud, device=arguments.device, progress=progress)
+        cloud = load_language_model(arguments.cloud, **wanted)
     return edge, cloud, LoRAGenerator.load(arguments.generator, cloud=cloud, edge=edge)

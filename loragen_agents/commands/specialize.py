@@ -1,10 +1,15 @@
 """`loragen-agents specialize`: a registry file to LoRA weights that hold it, written for one of several runtimes."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_parts, read_tools
+from loragen_agents.commands.options import (
+    UNTRAINED,
+    add_specialization_options,
+    load_parts,
+    output_folder,
+    read_tools,
+)
 
 NAME = "specialize"
 HELP = "turn a tool registry into LoRA weights and write them for peft, llama.cpp and Ollama, or merged"
@@ -18,7 +23,7 @@ _LOAD = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_specialization_options(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the files go")
+    parser.add_argument("--out", required=True, type=output_folder, metavar="FOLDER", help="where the files go")
     parser.add_argument(
         "--format",
         default="peft",

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from loragen_agents.commands.options import output_folder
+
 NAME = "train"
 HELP = "train a generator, or a baseline, as a recipe says"
 
@@ -11,7 +13,7 @@ HELP = "train a generator, or a baseline, as a recipe says"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, or the name of one of the package's own (training/*.yaml)")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="data folders, in place of the recipe's")
-    parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument("--out", type=output_folder, metavar="FOLDER", help="the run's folder (default: runs/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--steps", type=int, help="in place of the recipe's number of steps")
     parser.add_argument("--start-from", metavar="GENERATOR", help="a generator whose weights to begin with")

@@ -1,7 +1,9 @@
 import json
 import resource
+import signal
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,26 @@ class TestErrors:
         assert cli.main(["probe"]) == 130
         assert capsys.readouterr().err == "Error: interrupted\n"
 
+    def test_ctrl_c_in_a_finaliser(self, command, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in the import system's own callbacks, where Python prints the interrupt and goes on."""
+
+        class Dropped:
+            def __del__(self) -> None:
+                raise KeyboardInterrupt
+
+        def run(arguments: Namespace) -> int:
+            Dropped()
+            for _ in range(100):
+                time.sleep(0.01)
+            return 0
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            command(run)
+            assert cli.main(["probe"]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     def test_wrong_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
         for arguments in ([], ["no-such-command"], ["models"], ["doctor", "--no-such-option"]):
             with pytest.raises(SystemExit) as exit_:
@@ -96,6 +118,15 @@ class TestErrors:
         assert process.stderr.read() == b""
         process.stderr.close()
         assert process.wait() == 1
+
+    @pytest.mark.parametrize("flags", [["--json"], []])
+    @pytest.mark.parametrize("to", ["/dev/full", "&-"])
+    def test_a_result_that_can_not_be_written(self, to: str, flags: list[str]) -> None:
+        command = " ".join([sys.executable, "-m", "loragen_agents", "models", "list", *flags])
+        done = subprocess.run(["sh", "-c", f"{command} >{to}"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+        assert ("No space left" if to == "/dev/full" else "standard output is closed") in done.stderr
 
 
 class TestStart:

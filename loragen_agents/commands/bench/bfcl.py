@@ -3,9 +3,9 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from loragen_agents.commands.bench.shared import INTERRUPTED, say_how_it_ended, show
+from loragen_agents.commands.options import output_folder
 
 NAME = "bfcl"
 HELP = "BFCL's single-turn Python categories through the chat model, scored by BFCL's own checker"
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="simple, multiple, irrelevance, parallel, parallel_multiple, live_simple, ... (default: all of them)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="N rows of each category, spread evenly (default: all)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, report and files as BFCL's own")
+    parser.add_argument(
+        "--out", type=output_folder, metavar="FOLDER", help="folder for results, report and files as BFCL's own"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest step (default: 256)")
     parser.add_argument("--edge", metavar="MODEL", help="edge model (default: the embedded one)")

@@ -12,6 +12,7 @@ from loragen_agents.commands.bench.shared import (
     say_how_it_ended,
     show,
 )
+from loragen_agents.commands.options import output_folder
 
 NAME = "latency"
 HELP = "time to the first token and per turn for 1 to 64 tools"
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--counts", type=int, nargs="+", metavar="N", help="registry sizes (default: 1 2 4 ... 64)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns timed for a point (default: 5)")
     parser.add_argument("--turn-tokens", type=int, default=32, metavar="N", help="length of a turn (default: 32)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, report and plots")
+    parser.add_argument("--out", type=output_folder, metavar="FOLDER", help="folder for results, report and plots")
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     add_model_arguments(parser)
 

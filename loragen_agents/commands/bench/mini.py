@@ -1,14 +1,15 @@
 """`loragen-agents bench mini`: GPT4Tools-mini as files."""
 
 import argparse
-from pathlib import Path
+
+from loragen_agents.commands.options import output_folder
 
 NAME = "mini"
 HELP = "write GPT4Tools-mini as files in GPT4Tools' format"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="FOLDER")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loragen_agents.commands.options import output_folder
+
 if TYPE_CHECKING:
     from loragen_agents.bench.engine import ModelEngine
     from loragen_agents.bench.tasks import Task
@@ -24,7 +26,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, default_max_tokens: str) 
         metavar="NAME,NAME",
         help="what is measured, by name, with options behind a '+' (default: all that the table has)",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results, predictions, report and plots")
+    parser.add_argument(
+        "--out", type=output_folder, metavar="FOLDER", help="folder for results, predictions, report and plots"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help=f"longest text of a step (default: {default_max_tokens})"
