@@ -9,10 +9,10 @@ from loragen_agents.models.language_models import LanguageModel, load_language_m
 from tests.tiny_models import save_tiny_model
 
 
-def tiny_language_model(folder: Path, seed: int = 0) -> LanguageModel:
-    """A tiny random LM, saved to `folder` and loaded from there."""
+def tiny_language_model(folder: Path, seed: int = 0, dtype: str = "float32") -> LanguageModel:
+    """A tiny random LM, saved to `folder` (in float32) and loaded from there in `dtype`."""
     save_tiny_model(folder, seed=seed)
-    return load_language_model(folder, device="cpu", dtype="float32", progress=lambda step, part: None)
+    return load_language_model(folder, device="cpu", dtype=dtype, progress=lambda step, part: None)
 
 
 def tiny_generator(edge: LanguageModel, seed: int = 0) -> LoRAGenerator:

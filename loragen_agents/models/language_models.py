@@ -4,6 +4,7 @@
 `model_sources` and `model_cache`; nothing here knows of tools or LoRA. Code that ships with a model is never run.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["DEFAULT_MODEL", "LanguageModel", "cache_folder", "gated_ffn_layers",
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
+# What `dtype="auto"` stands for, where the machine is not to decide: a name of `_DTYPES`, or auto.
+DTYPE_VARIABLE = "LORAGEN_AGENTS_DTYPE"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -70,7 +73,7 @@ def load_language_model(
     name: a known name (`loragen-agents models list`), a folder with safetensors, a GGUF file, one of its `.partNN`
         files or the list of its parts in order, or `owner/model` on the Hub (`@revision` behind it, if wanted).
     device: "auto" takes the first CUDA GPU, else the CPU; else a torch device ("cpu", "cuda:1", "mps").
-    dtype: "bfloat16", "float16", "float32", or "auto" as in `choose_dtype`.
+    dtype: "bfloat16", "float16", "float32", or "auto": what LORAGEN_AGENTS_DTYPE says, else as in `choose_dtype`.
     cache_dir: folder of the conversions, in place of `cache_folder()`.
     progress: called with each step and the part of it that is done. Without it the steps are drawn on the terminal.
 
@@ -82,11 +85,13 @@ def load_language_model(
     with shown(progress) as report:
         stored = obtain_model(name, cache_dir=cache_dir, progress=report)
         report(f"Loading {stored.name}", None)
-        return _load(stored, chosen_device, _dtype(dtype, chosen_device, stored.folder))
+        # Tensors made in inference mode could be neither trained nor merged later.
+        with torch.inference_mode(False):
+            return _load(stored, chosen_device, _dtype(dtype, chosen_device, stored.folder))
 
 
 def choose_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
-    """The dtype that `dtype="auto"` stands for.
+    """The dtype that `dtype="auto"` stands for where LORAGEN_AGENTS_DTYPE is not set.
 
     GPU: bf16 where the hardware has it, else float32 (float16 overflows in Gemma's activations).
 
@@ -183,8 +188,11 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
+    said = "dtype"
+    if dtype == "auto":
+        said, dtype = DTYPE_VARIABLE, os.environ.get(DTYPE_VARIABLE, "").strip() or "auto"
     if dtype == "auto":
         return choose_dtype(device, sum(path.stat().st_size for path in weight_files(folder)))
     if dtype not in _DTYPES:
-        raise ModelLoadError(f"unknown dtype {dtype!r}: expected auto, {', '.join(_DTYPES)}")
+        raise ModelLoadError(f"{said} is {dtype!r}: expected auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]

@@ -23,6 +23,7 @@ from torch import Tensor
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.errors import CheckpointError
 from loragen_agents.models.language_models import LanguageModel, gated_ffn_layers
+from loragen_agents.support.files import open_to_others
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def write(folder: Path, kept: Kept, edge: LanguageModel) -> None:
             files += _FILES
         if kept.vectors is not None:
             save_file({"vectors": kept.vectors.to(torch.float16).cpu().contiguous()}, temporary / _VECTORS)
+            open_to_others(temporary / _VECTORS)
             files.append(_VECTORS)
         if not files:
             return

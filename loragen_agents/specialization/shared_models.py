@@ -1,15 +1,22 @@
-"""Language models and generators, loaded once a process for all who ask for the same one."""
+"""Language models and generators, loaded once for all who use the same one at the same time.
+
+They are freed once nobody uses them: specialisations in memory (see `specialize`) and callers keep theirs, and the
+generator that was asked for last stays, so that one call after another finds it loaded.
+"""
+
+import torch
 
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel, load_language_model
-from loragen_agents.specialization.shared_values import SharedValues
+from loragen_agents.specialization.shared_values import UsedValues
 
-_language_models: SharedValues[LanguageModel] = SharedValues()
-_generators: SharedValues[LoRAGenerator] = SharedValues()
+_language_models: UsedValues[LanguageModel] = UsedValues()
+_generators: UsedValues[LoRAGenerator] = UsedValues()
+_last: list[LoRAGenerator] = []
 
 
 def shared_language_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
-    """`load_language_model`, once a process for each (name, device, dtype).
+    """`load_language_model`, loaded once for each (name, device, dtype) that is in use.
 
     Raises:
         ModelLoadError: the model can't be found, fetched, checked or converted.
@@ -18,10 +25,23 @@ def shared_language_model(name: str, *, device: str = "auto", dtype: str = "auto
 
 
 def shared_generator(name: str, *, cloud: LanguageModel, edge: LanguageModel) -> LoRAGenerator:
-    """`LoRAGenerator.load`, once a process for each ("default" or folder, cloud LM, edge LM).
+    """`LoRAGenerator.load`, loaded once for each ("default" or folder, cloud LM, edge LM) that is in use.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or was trained for other language models.
     """
-    key = (name, id(cloud), id(edge))
-    return _generators.get(key, lambda: LoRAGenerator.load(name, cloud=cloud, edge=edge))[0]
+
+    def load() -> LoRAGenerator:
+        # Tensors made in inference mode could not be trained or merged later.
+        with torch.inference_mode(False):
+            return LoRAGenerator.load(name, cloud=cloud, edge=edge)
+
+    # A generator refers to both models, so their ids are not given to others while it is kept.
+    generator, _ = _generators.get((name, id(cloud), id(edge)), load)
+    _last[:] = [generator]
+    return generator
+
+
+def forget_last_generator() -> None:
+    """Drop the generator that was asked for last, if nobody else uses it."""
+    _last.clear()

@@ -1,6 +1,7 @@
 """A thread-safe LRU: values by key, each made once, the least recently used dropped first. Knows nothing of models."""
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -37,10 +38,7 @@ class SharedValues(Generic[Value]):
             if found is not None:
                 return found, True
             made = make()
-            size = self._size(made) if self._size is not None else 0
-            with self._table:
-                self._values[key], self._sizes[key] = made, size
-                self._drop()
+            self._keep(key, made)
             return made, False
 
     def bound(self, limit: int | None, max_bytes: int | None) -> None:
@@ -67,6 +65,12 @@ class SharedValues(Generic[Value]):
             key, _ = self._values.popitem(last=False)
             del self._sizes[key]
 
+    def _keep(self, key: Hashable, value: Value) -> None:
+        size = self._size(value) if self._size is not None else 0
+        with self._table:
+            self._values[key], self._sizes[key] = value, size
+            self._drop()
+
     def _look_up(self, key: Hashable) -> Value | None:
         with self._table:
             if key in self._values:
@@ -78,3 +82,19 @@ class SharedValues(Generic[Value]):
         with self._table:
             self._values.clear()
             self._sizes.clear()
+
+
+class UsedValues(SharedValues[Value]):
+    """Values that stay as long as somebody else refers to them, and are made again when they are asked for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._used: weakref.WeakValueDictionary[Hashable, Value] = weakref.WeakValueDictionary()
+
+    def _keep(self, key: Hashable, value: Value) -> None:
+        with self._table:
+            self._used[key] = value
+
+    def _look_up(self, key: Hashable) -> Value | None:
+        with self._table:
+            return self._used.get(key)

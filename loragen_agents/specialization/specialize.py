@@ -26,6 +26,7 @@ from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel, cache_folder
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization import disk_cache
+from loragen_agents.specialization.shared_models import forget_last_generator
 from loragen_agents.specialization.shared_values import SharedValues
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ def forget_specializations() -> None:
     """Drop the specialised models in memory, and with them what only they hold. Those on disk stay."""
     _specializations.clear()
     _decoders.clear()
+    forget_last_generator()
 
 
 def _shared_decoder(edge: LanguageModel, generator: LoRAGenerator, parts: RegistryWeights) -> Decoder | None:

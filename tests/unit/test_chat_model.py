@@ -448,9 +448,9 @@ def test_pickling_takes_the_settings_and_no_weights(parts):
 
 
 def test_making_a_model_loads_nothing():
-    loaded = list(shared_models._language_models._values)
+    loaded = list(shared_models._language_models._used)
     assert LoRAGenChatModel().asdict()["model"] == "smollm2-135m-instruct"
-    assert list(shared_models._language_models._values) == loaded
+    assert list(shared_models._language_models._used) == loaded
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,25 @@ class TestDevicesAndDtypes:
             load_language_model(folder, device=device, cache_dir=cache, progress=silent)
 
     def test_an_unknown_dtype(self, folder: Path, cache: Path) -> None:
-        with pytest.raises(ModelLoadError, match="unknown dtype 'int3': expected auto, bfloat16"):
+        with pytest.raises(ModelLoadError, match="dtype is 'int3': expected auto, bfloat16"):
             load_language_model(folder, dtype="int3", cache_dir=cache, progress=silent)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_auto_obeys_the_environment(
+        self, folder: Path, cache: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LORAGEN_AGENTS_DTYPE", str(dtype).removeprefix("torch."))
+        assert load_language_model(folder, cache_dir=cache, progress=silent).dtype == dtype
+        assert load_language_model(folder, dtype="float16", cache_dir=cache, progress=silent).dtype == torch.float16
+        monkeypatch.setenv("LORAGEN_AGENTS_DTYPE", "half")
+        with pytest.raises(ModelLoadError, match="LORAGEN_AGENTS_DTYPE is 'half': expected auto"):
+            load_language_model(folder, cache_dir=cache, progress=silent)
+
+    def test_a_model_that_is_loaded_in_inference_mode_can_be_trained_later(self, folder: Path, cache: Path) -> None:
+        with torch.inference_mode():
+            model = load_language_model(folder, cache_dir=cache, progress=silent).model
+        model.requires_grad_(True)
+        model(torch.arange(3, 9)[None]).logits.sum().backward()
 
     def test_bf16_on_cpus_that_have_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = torch.device("cpu")

@@ -1,13 +1,17 @@
 """Specialising once: what is kept in memory and on disk, under which key, and what damage does."""
 
+import gc
 import os
 import shutil
+import stat
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from loragen_agents import Tool, ToolRegistry
 from loragen_agents.adapter.lora_weights import LoRAWeights
@@ -15,6 +19,7 @@ from loragen_agents.conversation.prompts import Turn
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.specialization import disk_cache
 from loragen_agents.specialization import specialize as specialization
+from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
 from loragen_agents.specialization.specialize import Specialization, forget_specializations, specialize
 from tests.tiny_chat import tiny_generator, tiny_language_model
 
@@ -23,9 +28,9 @@ TWO = Tool(name="two", description="The second tool.")
 REGISTRY = ToolRegistry([ONE, TWO])
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> dict[str, Any]:
-    edge = tiny_language_model(tmp_path_factory.mktemp("tiny") / "edge")
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def parts(tmp_path_factory, request) -> dict[str, Any]:
+    edge = tiny_language_model(tmp_path_factory.mktemp("tiny") / "edge", dtype=request.param)
     return {"edge": edge, "cloud": edge, "generator": tiny_generator(edge)}
 
 
@@ -111,6 +116,8 @@ def test_registries_share_a_merged_model_where_the_weights_are_the_same(parts):
 
 def test_the_key_holds_all_that_the_weights_depend_on(parts, tmp_path):
     other_edge = tiny_language_model(tmp_path / "other", seed=1)
+    other_dtype = "bfloat16" if parts["edge"].dtype == torch.float32 else "float32"
+    same_edge = tiny_language_model(tmp_path / "same", dtype=other_dtype)
     key = specialize(REGISTRY, **parts).key
     variants = [
         specialize(ToolRegistry([TWO, ONE]), **parts),
@@ -119,6 +126,7 @@ def test_the_key_holds_all_that_the_weights_depend_on(parts, tmp_path):
         specialize(REGISTRY, "Be brief.", **parts),
         specialize(REGISTRY, **{**parts, "generator": tiny_generator(parts["edge"], seed=1)}),
         specialize(REGISTRY, edge=other_edge, cloud=other_edge, generator=tiny_generator(other_edge)),
+        specialize(REGISTRY, edge=same_edge, cloud=same_edge, generator=tiny_generator(same_edge)),
     ]
     assert all(variant.source == "generated" for variant in variants)
     assert len({key, *(variant.key for variant in variants)}) == 1 + len(variants)
@@ -207,6 +215,64 @@ def test_memory_and_disk_are_bounded(parts, folder, monkeypatch):
     assert_usable(made["a"])  # whoever still holds one can use it
 
 
+def test_a_limit_that_is_no_number_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setenv("LORAGEN_AGENTS_CACHE_BYTES", "2 GB")
+    assert disk_cache.most_bytes() == 2 * 10**9
+    assert "LORAGEN_AGENTS_CACHE_BYTES is '2 GB'; expected a whole number" in caplog.text
+
+
+def test_the_files_of_the_cache_have_one_mode(parts, folder):
+    before = os.umask(0o027)
+    try:
+        made = specialize(REGISTRY, **with_head(parts, n_experts=2))
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (folder / made.key).iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {0o640}
+
+
+@pytest.mark.parametrize("error", [SafetensorError("Error: No space left (os error 28)"), OSError(30, "Read-only")])
+def test_a_full_or_read_only_cache_is_a_warning(parts, error, monkeypatch, caplog):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(LoRAWeights, "save_peft", fail)
+    assert_usable(specialize(REGISTRY, **parts))
+    assert "can't be kept in" in caplog.text and "LORAGEN_AGENTS_CACHE" in caplog.text
+    assert specialize(REGISTRY, **parts).source == "memory"
+
+
+def test_first_use_in_inference_mode_leaves_ordinary_tensors(parts, tmp_path):
+    parts["generator"].save(tmp_path / "generator")
+    with torch.inference_mode():
+        edge = shared_language_model(str(parts["edge"].folder), device="cpu")
+        generator = shared_generator(str(tmp_path / "generator"), cloud=edge, edge=edge)
+        made = specialize(REGISTRY, edge=edge, cloud=edge, generator=generator)
+    tensors: list[torch.Tensor] = [*edge.model.parameters(), *generator.parameters(), *made.model.model.parameters()]
+    tensors += [side for pair in made.weights.tensors.values() for side in pair]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_what_nobody_uses_is_freed(parts, tmp_path):
+    parts["generator"].save(tmp_path / "generator")
+
+    def use() -> list[weakref.ref[Any]]:
+        edge = shared_language_model(str(parts["edge"].folder), device="cpu", dtype="float32")
+        generator = shared_generator(str(tmp_path / "generator"), cloud=edge, edge=edge)
+        made = specialize(REGISTRY, edge=edge, cloud=edge, generator=generator)
+        assert_usable(made)
+        assert shared_language_model(str(parts["edge"].folder), device="cpu", dtype="float32") is edge
+        assert shared_generator(str(tmp_path / "generator"), cloud=edge, edge=edge) is generator
+        return [weakref.ref(one) for one in (edge, edge.model, generator, made.model.model)]
+
+    used = use()
+    gc.collect()
+    assert all(one() is not None for one in used)  # a later call finds them loaded
+    forget_specializations()
+    gc.collect()
+    assert [one() for one in used] == [None] * len(used)
+
+
 def test_threads_make_one_specialisation_once(parts, monkeypatch):
     calls: list[str] = []
     original = type(parts["generator"]).generate_parts
@@ -256,7 +322,7 @@ def test_memory_is_bounded_in_number_and_bytes(parts):
         kept, size = specialization.specializations_in_memory()
         assert kept == 3
         # Three models of three layers, each with merged matrices of its own.
-        assert size >= 3 * 3 * 3 * 32 * 64 * 4
+        assert size >= 3 * 3 * 3 * 32 * 64 * parts["edge"].dtype.itemsize
         specialization.bound_specializations(3, max_bytes=size // 2)
         assert specialization.specializations_in_memory()[0] == 1
         assert specialization.specializations_in_memory()[1] <= size // 2

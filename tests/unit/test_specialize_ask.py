@@ -26,15 +26,15 @@ REGISTRY = ToolRegistry.from_tools(
 )
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory) -> list[str]:
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def options(tmp_path_factory, request) -> list[str]:
     folder = tmp_path_factory.mktemp("parts")
     edge = tiny_language_model(folder / "edge")
     tiny_generator(edge).save(folder / "generator")
     REGISTRY.to_yaml(folder / "tools.yaml")
     return [
         *("--tools", str(folder / "tools.yaml"), "--edge", str(folder / "edge")),
-        *("--generator", str(folder / "generator"), "--device", "cpu"),
+        *("--generator", str(folder / "generator"), "--device", "cpu", "--dtype", request.param),
     ]
 
 
@@ -46,15 +46,38 @@ def test_specialize_writes_what_peft_loads(options, tmp_path, capsys):
     assert report["registry_fingerprint"] == REGISTRY.fingerprint
     assert (report["matrices"], report["untrained"]) == (9, False)
     assert report["milliseconds"] > 0
-    edge = load_language_model(options[3], device="cpu", dtype="float32")
+    edge = load_language_model(options[3], device="cpu", dtype=options[-1])
     generator = LoRAGenerator.load(options[5], cloud=edge, edge=edge)
     definitions = SpecializedLM(edge, None, REGISTRY).renderer.definitions(REGISTRY, "Be brief.")
-    merged = SpecializedLM(edge, generator.generate(definitions, REGISTRY), REGISTRY).model
+    weights = generator.generate(definitions, REGISTRY)
+    # The weights depend on the dtype that the definitions are read in; how they are applied is compared in float32.
+    merged = tiny_model()
+    weights.merge_into(merged)
     loaded = PeftModel.from_pretrained(tiny_model(), out)
     tokens = torch.arange(3, 23)[None]
     with torch.inference_mode():
         torch.testing.assert_close(loaded(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(tiny_model()(tokens).logits, merged(tokens).logits, atol=1e-2)
+
+
+def test_an_empty_out_is_not_the_current_folder(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["specialize", *options, "--out", ""])
+    assert "expected the path of a folder, got an empty text" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_cache_that_can_not_be_written_is_a_warning(options, tmp_path, capsys, caplog, monkeypatch, as_json):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LORAGEN_AGENTS_CACHE", str(tmp_path / "file"))
+    flags = ["Hello", "--tool-choice", "none", "--system", f"{as_json}", "--max-tokens", "4"] + ["--json"] * as_json
+    assert cli.main(["ask", *options, *flags]) == 0
+    assert caplog.text.count("can't be kept") == 1
+    said = capsys.readouterr().out
+    if as_json:
+        assert json.loads(said)["specialization"] == "generated"
 
 
 def test_specialize_says_what_it_did(options, tmp_path, capsys):
@@ -125,10 +148,10 @@ def test_ask_shows_what_it_cannot_read(options, capsys):
 
 
 def test_an_untrained_generator_is_named_as_such(options, tmp_path, capsys):
-    edge = load_language_model(options[3], device="cpu", dtype="float32")
+    edge = load_language_model(options[3], device="cpu", dtype=options[-1])
     config = GeneratorConfig(n_experts=2, top_k=1, rank=2, router_width=4, cloud_rank=2)
     LoRAGenerator(config, edge, edge).save(tmp_path / "untrained")
-    rest = [*options[:4], "--generator", str(tmp_path / "untrained"), "--device", "cpu"]
+    rest = [*options[:4], "--generator", str(tmp_path / "untrained"), *options[6:]]
     assert cli.main(["ask", *rest, "Hello", "--max-tokens", "8"]) == 0
     assert "not trained yet" in capsys.readouterr().out
     assert cli.main(["specialize", *rest, "--out", str(tmp_path / "out")]) == 0
