@@ -1,6 +1,6 @@
 # A fresh machine needs Python 3.10 or newer with pip, and one of these two commands:
 #   make demo   ask the assistant a question that it answers with a tool
-#   make test   run all tests (make test-unit: those that need no model, in about two minutes)
+#   make test   run all tests on two cores (make test-unit: those that need no model, in about a minute)
 # Both make .venv first and use it again afterwards; it is brought up to date when pyproject.toml or constraints.txt
 # change. Another interpreter: make PYTHON=python3.12 test
 
@@ -10,7 +10,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-unit lint format clean
+# Tests of one file share their models, so they stay on one core.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+.PHONY: demo test test-dtypes test-unit lint format clean
 
 # With a terminal the assistant answers a first request and stays; without one it answers three and ends.
 demo: $(INSTALLED)
@@ -22,10 +25,15 @@ demo: $(INSTALLED)
 	fi
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# All tests in both dtypes: what dtype="auto" stands for depends on the CPU, and CI may have either kind.
+test-dtypes: $(INSTALLED)
+	LORAGEN_AGENTS_DTYPE=float32 $(PYTEST)
+	LORAGEN_AGENTS_DTYPE=bfloat16 $(PYTEST)
 
 test-unit: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,11 @@
+import os
 from pathlib import Path
+
+# Side by side (`pytest -n 2`) every process has its share of the cores; set before torch is imported, and handed on to
+# the processes that tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import pytest
 

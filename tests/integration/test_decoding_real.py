@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from loragen_agents.bench.decode_speed import Speeds, measure_speeds, random_weights
 from loragen_agents.conversation.prompts import PromptRenderer, TakenStep, Turn
 from loragen_agents.conversation.react import ToolStep, parse_step, tool_step_text
-from loragen_agents.edge.decoding import Decoder, Sampling
+from loragen_agents.edge.decoding import _ALIGNED, Decoder, Sampling
 from loragen_agents.edge.grammar import ToolGrammar
 from loragen_agents.edge.kv_cache import KVCache
 from loragen_agents.edge.lean_forward import LeanForward
@@ -182,8 +182,11 @@ def test_an_agents_next_step_reads_only_what_is_new(
     turn = Turn("What is 17 times 23?", steps=(TakenStep(step.action, step.action_input, "391"),))
     second_prompt = renderer.user_turn([turn])
     second = decoder.generate([second_prompt], Sampling(max_tokens=20), ToolGrammar(registry, tokenizer, "none"))[0]
-    assert second.cached_tokens > len(first_prompt)
-    assert len(second_prompt) - second.cached_tokens < 30
+    if decoder.model.dtype == torch.float32:
+        assert second.cached_tokens > len(first_prompt)
+        assert len(second_prompt) - second.cached_tokens < 30
+    else:  # whole passes of the first prompt, and nothing that was generated
+        assert second.cached_tokens == (len(first_prompt) - 1) // _ALIGNED * _ALIGNED
     decoder.prefixes.clear()
     anew = decoder.generate([second_prompt], Sampling(max_tokens=20), ToolGrammar(registry, tokenizer, "none"))[0]
     assert anew.cached_tokens == 0
