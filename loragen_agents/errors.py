@@ -39,3 +39,7 @@ class DataError(LoRAGenError, ValueError):
 
 class ServerError(LoRAGenError, RuntimeError):
     """A server can't be started as asked."""
+
+
+class ServiceError(LoRAGenError, RuntimeError):
+    """A service that makes specialisations can't be asked, or refuses."""

@@ -36,9 +36,12 @@ def load_chat_model(choice: ModelChoice) -> BaseChatModel:
     from loragen_agents.chat.chat_models import LoRAGenChatModel
     from loragen_agents.generator import LoRAGenerator
     from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
+    from loragen_agents.specialization.cloud import is_service
     from loragen_agents.support.progress import silent
 
     edge = load_language_model(choice.edge or DEFAULT_MODEL, device=choice.device, progress=silent)
+    if is_service(choice.cloud):
+        return LoRAGenChatModel(model=edge, cloud=choice.cloud, max_tokens=MAX_TOKENS)
     cloud = edge
     if choice.cloud is not None and choice.cloud != edge.name:
         cloud = load_language_model(choice.cloud, device=choice.device, progress=silent)
@@ -50,8 +53,10 @@ def fetch_models(choice: ModelChoice) -> None:
     """Fetch and convert what is not on this machine yet, with progress on the terminal."""
     from loragen_agents.models.cache import find_stored, obtain_model
     from loragen_agents.models.sources import DEFAULT_MODEL
+    from loragen_agents.specialization.cloud import is_service
 
-    for name in {choice.edge or DEFAULT_MODEL, choice.cloud or choice.edge or DEFAULT_MODEL}:
+    edge = choice.edge or DEFAULT_MODEL
+    for name in {edge, edge if is_service(choice.cloud) else choice.cloud or edge}:
         if find_stored(name) is None:
             obtain_model(name)
 

@@ -41,6 +41,7 @@ from loragen_agents.edge.grammar_source import grammar_source
 from loragen_agents.errors import PromptError
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
+from loragen_agents.specialization.cloud import is_service, specialize_by_service
 from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
 from loragen_agents.specialization.specialize import Specialization, specialize
 
@@ -323,6 +324,9 @@ class LoRAGenChatModel(ChatModelFields):
 
     def _specialize(self, model: str | LanguageModel, registry: ToolRegistry, system_text: str) -> Specialization:
         edge = self._language_model(model)
+        if isinstance(self.cloud, str) and is_service(self.cloud):
+            kept = self.specialization_cache
+            return specialize_by_service(self.cloud, registry, system_text, edge=edge, cache=kept)
         cloud = edge if self.cloud is None else self._language_model(self.cloud)
         generator = self.generator
         if isinstance(generator, str):

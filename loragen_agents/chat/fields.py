@@ -25,7 +25,8 @@ class ChatModelFields(BaseChatModel):
     """The edge LM: what `load_language_model` takes (a known name, Hub id, folder, GGUF file), or a loaded one."""
 
     cloud: str | InstanceOf[LanguageModel] | None = None
-    """The LM that reads the definitions; by default the edge LM itself."""
+    """The LM that reads the definitions; by default the edge LM itself. Or the address of a service (`loragen-agents
+    serve`) that specialises in its place, such as "http://cloud.example:8080"; the generator is then the service's."""
 
     generator: str | InstanceOf[LoRAGenerator] = "default"
     """The generator: "default" (ships with the package), a checkpoint folder, or a loaded one."""

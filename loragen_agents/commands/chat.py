@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, default=6, metavar="N", help="most steps in a turn (6)")
     parser.add_argument("--tool-seconds", type=float, default=30.0, metavar="S", help="time limit of a tool (30)")
     parser.add_argument("--edge", metavar="MODEL", help="the small LM (name, Hub id, folder, GGUF file)")
-    parser.add_argument("--cloud", metavar="MODEL", help="the LM that reads the definitions; the edge LM if left out")
+    parser.add_argument(
+        "--cloud", metavar="MODEL", help="the LM that reads the definitions (the edge LM), or a service's URL"
+    )
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 

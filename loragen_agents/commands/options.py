@@ -29,7 +29,9 @@ def add_specialization_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system text, compressed with the tools")
     parser.add_argument("--edge", metavar="MODEL", help="the small LM (name, Hub id, folder, GGUF file)")
-    parser.add_argument("--cloud", metavar="MODEL", help="the LM that reads the definitions; the edge LM if left out")
+    parser.add_argument(
+        "--cloud", metavar="MODEL", help="the LM that reads the definitions (the edge LM), or the URL of a service"
+    )
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument(
@@ -65,6 +67,23 @@ def read_tools(given: str) -> "ToolRegistry":
     return ToolRegistry.from_yaml(path)
 
 
+def load_edge(arguments: argparse.Namespace, progress: "Progress | None") -> "LanguageModel":
+    """The edge LM that the options name.
+
+    Raises:
+        ModelLoadError: it can't be had.
+    """
+    from loragen_agents.models.language_models import DEFAULT_MODEL
+
+    return _load(arguments.edge or DEFAULT_MODEL, arguments, progress)
+
+
+def _load(name: str, arguments: argparse.Namespace, progress: "Progress | None") -> "LanguageModel":
+    from loragen_agents.models.language_models import load_language_model
+
+    return load_language_model(name, device=arguments.device, dtype=arguments.dtype, progress=progress)
+
+
 def load_parts(
     arguments: argparse.Namespace, progress: "Progress | None"
 ) -> "tuple[LanguageModel, LanguageModel, LoRAGenerator]":
@@ -74,11 +93,9 @@ def load_parts(
         ModelLoadError: a model can't be had. CheckpointError: the generator does not fit or is damaged.
     """
     from loragen_agents.generator import LoRAGenerator
-    from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
 
-    wanted = {"device": arguments.device, "dtype": arguments.dtype, "progress": progress}
-    edge = load_language_model(arguments.edge or DEFAULT_MODEL, **wanted)
+    edge = load_edge(arguments, progress)
     cloud = edge
     if arguments.cloud is not None and arguments.cloud != edge.name:
-        cloud = load_language_model(arguments.cloud, **wanted)
+        cloud = _load(arguments.cloud, arguments, progress)
     return edge, cloud, LoRAGenerator.load(arguments.generator, cloud=cloud, edge=edge)

@@ -19,13 +19,15 @@ from loragen_agents.server.guard import LOOPBACK, Guard
 from loragen_agents.server.protocol import read_chat_request
 from loragen_agents.server.replies import DONE, Reply, ascii_json, error_response, server_sent
 from loragen_agents.server.service import Service, stopping
+from loragen_agents.server.specializations import kept_archive, read_specialization_request
 from loragen_agents.server.steps import Finish
 from loragen_agents.server.work_queue import Job, QueueClosed
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
+CHAT, SPECIALIZATIONS, MODELS = "/v1/chat/completions", "/v1/specializations", "/v1/models"
+HEALTH, METRICS = "/health", "/metrics"
 
 
 def create_app(service: Service, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
@@ -87,7 +89,31 @@ def create_app(service: Service, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
         except Exception as error:
             raise _told(error) from error
 
-    paths = (CHAT, MODELS, HEALTH, METRICS)
+    @app.post(SPECIALIZATIONS)
+    async def make_specialization(request: Request) -> Response:
+        """The archive of a specialisation."""
+        asked = read_specialization_request(await read_json(request, service.max_bytes))
+        job = service.submit(asked)
+        try:
+            made = await _unless_gone(request, anext(job.events()))
+        except ClientDisconnect:
+            service.metrics.cancelled.inc()
+            raise
+        except Exception as error:
+            raise _told(error) from error
+        finally:
+            job.cancel()
+        return _archive(made.key, made.content)
+
+    @app.get(SPECIALIZATIONS + "/{key}")
+    async def specialization(key: str) -> Response:
+        """The archive that was made before, by its key."""
+        content = await asyncio.to_thread(kept_archive, key)
+        if content is None:
+            raise ApiError(404, f"there is no specialisation {key[:80]!r}; make it with POST", code="not_found")
+        return _archive(key, content)
+
+    paths = (CHAT, SPECIALIZATIONS, MODELS, HEALTH, METRICS)
     app.add_middleware(Guard, metrics=service.metrics, paths=paths, api_key=service.api_key, hosts=hosts)
     return app
 
@@ -174,6 +200,11 @@ async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _archive(key: str, content: bytes) -> Response:
+    headers = {"X-Specialization": key, "Content-Disposition": f'attachment; filename="{key}.zip"'}
+    return Response(content, media_type="application/zip", headers=headers)
 
 
 def _model(service: Service) -> dict[str, Any]:

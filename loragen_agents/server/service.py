@@ -11,8 +11,9 @@ from loragen_agents.server.api_errors import ApiError
 from loragen_agents.server.bodies import MAX_BYTES
 from loragen_agents.server.metrics import Metrics
 from loragen_agents.server.protocol import ChatRequest
+from loragen_agents.server.specializations import SpecializationRequest, make_archive
 from loragen_agents.server.steps import run_request
-from loragen_agents.server.work_queue import Job, QueueClosed, QueueFull, WorkQueue
+from loragen_agents.server.work_queue import Job, QueueClosed, QueueFull, Run, WorkQueue
 from loragen_agents.specialization.specialize import specializations_in_memory
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,15 @@ class Service:
                 raise
             self._failed(error)
 
-    def submit(self, request: ChatRequest) -> Job:
-        """Queue a chat request; call it on the event loop.
+    def submit(self, request: ChatRequest | SpecializationRequest) -> Job:
+        """Queue a request; call it on the event loop.
 
         Raises:
             ApiError: there is no such model (404), too many requests wait (429), the server is loading or stopping
                 (503).
         """
-        self.check_name(request.model)
+        if isinstance(request, ChatRequest):
+            self.check_name(request.model)
         if self.model is None:
             raise ApiError(
                 503,
@@ -89,8 +91,13 @@ class Service:
                 code="loading",
                 headers={"Retry-After": "2"},
             )
+        run: Run
+        if isinstance(request, ChatRequest):
+            run = partial(run_request, self.model, request)
+        else:
+            run = partial(make_archive, self.model, request)
         try:
-            return self.queue.submit(partial(run_request, self.model, request))
+            return self.queue.submit(run)
         except QueueFull as error:
             raise ApiError(
                 429,

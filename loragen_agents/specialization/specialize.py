@@ -47,7 +47,7 @@ class Specialization:
         model: the specialised edge LM, ready to decode.
         parts: the weights that it was made of; their sum is `weights`.
         generator: what made it. It stays loaded, and with it both language models, as long as the specialisation is
-            kept: the next registry needs them too.
+            kept: the next registry needs them too. None where a service made it.
         definition_tokens: tokens of the edge LM's tokenizer that the same definitions and system text would take up in
             every prompt (the full ReAct prompt less the user turn).
         seconds: what generating and merging took; 0 when the specialisation came from memory or disk.
@@ -57,7 +57,7 @@ class Specialization:
 
     model: SpecializedLM
     parts: RegistryWeights
-    generator: LoRAGenerator
+    generator: LoRAGenerator | None
     registry: ToolRegistry
     system_text: str
     definition_tokens: int
