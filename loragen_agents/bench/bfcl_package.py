@@ -7,7 +7,6 @@ packages that the checker does without, to versions that this package can't run 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import tempfile
 import zipfile
@@ -22,6 +21,7 @@ from loragen_agents.errors import DataError
 from loragen_agents.models.cache import cache_folder
 from loragen_agents.models.fingerprints import file_sha256
 from loragen_agents.models.sources import download_wheels
+from loragen_agents.support.json_lines import json_lines
 from loragen_agents.support.progress import Progress, silent
 
 PACKAGE = "bfcl-eval==2026.3.23"
@@ -138,9 +138,9 @@ def read_entries(folder: Path, category: str, limit: int | None = None) -> list[
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} can't be read ({error}); remove its folder to fetch it again.") from error
+        return [row for _, row in json_lines(path)]
+    except DataError as error:
+        raise DataError(f"{error}; remove its folder to fetch it again.") from error
 
 
 def load_checker(folder: Path) -> Checker:

@@ -13,6 +13,7 @@ from typing import Any
 
 from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord, splits
 from loragen_agents.errors import DataError
+from loragen_agents.support.json_lines import json_lines
 
 MAX_SGD_QUERY = 400
 LAST_UTTERANCES = 4
@@ -30,18 +31,8 @@ def _json_file(path: Path) -> Any:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a JSON lines file, each with its place for messages."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); is --input a checkout of the source?") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, row in json_lines(path, "; is --input a checkout of the source?"):
         where = f"{path}, row {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not a JSON object on one line ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
         yield where, row

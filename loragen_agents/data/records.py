@@ -9,7 +9,7 @@ registries, prompts or models.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import yaml
 
 from loragen_agents.errors import DataError
 from loragen_agents.support.files import replacing
+from loragen_agents.support.json_lines import json_lines
 
 Split = Literal["train", "dev"]
 SPLITS = ("train", "dev")
@@ -164,23 +165,6 @@ def call_from_row(row: Any) -> CallRecord:
     return CallRecord(_text(row, "query"), tuple(steps), _text(row, "source"), _split(row))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Decoded non-empty lines with their 1-based row numbers."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, row {number}: not a JSON object on one line ({error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from error
-
-
 def read_tools(path: Path | str) -> dict[str, ToolRecord]:
     """Read a `tools.jsonl`; the result is keyed by tool id, in file order.
 
@@ -189,7 +173,7 @@ def read_tools(path: Path | str) -> dict[str, ToolRecord]:
     """
     path = Path(path)
     tools: dict[str, ToolRecord] = {}
-    for number, row in _rows(path):
+    for number, row in json_lines(path):
         try:
             tool = tool_from_row(row)
         except ValueError as error:
@@ -211,7 +195,7 @@ def read_calls(path: Path | str, tools: Mapping[str, ToolRecord] | None = None) 
     """
     path = Path(path)
     records = []
-    for number, row in _rows(path):
+    for number, row in json_lines(path):
         try:
             record = call_from_row(row)
             if tools is not None:

@@ -250,7 +250,7 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="4 rows and 2 answers"):
         read_entries(tmp_path / "package", "multiple")
     path.write_text("{")
-    with pytest.raises(DataError, match=r"BFCL_v4_multiple\.json can't be read"):
+    with pytest.raises(DataError, match=r"BFCL_v4_multiple\.json, row 1: not a JSON"):
         read_entries(tmp_path / "package", "multiple")
 
 
