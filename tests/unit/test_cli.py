@@ -144,7 +144,7 @@ class TestStart:
         )
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
-    def test_help_answers_within_a_second(self) -> None:
+    def test_help_answers_within_0_3_seconds(self) -> None:
         def seconds() -> float:
             # Processor time, since other work on the machine stretches the time on the clock.
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -152,7 +152,7 @@ class TestStart:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-        assert min(seconds() for _ in range(3)) < 1
+        assert min(seconds() for _ in range(3)) < 0.3
 
     def test_every_command_takes_json_and_has_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         commands = all_commands()
