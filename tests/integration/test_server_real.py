@@ -47,7 +47,13 @@ def client(embedded_model: LanguageModel) -> Iterator[openai.OpenAI]:
 
 
 def test_a_request_is_answered_by_the_right_call(client):
-    messages: Any = [{"role": "user", "content": "Convert 5 miles to kilometres"}]
+    # Longer than a pass of 128 tokens: in bf16, beginnings are used again by whole passes.
+    before = "I am on a long walk through the hills and the signs show miles. " * 12
+    messages: Any = [
+        {"role": "user", "content": before},
+        {"role": "assistant", "content": "Enjoy your walk."},
+        {"role": "user", "content": "Convert 5 miles to kilometres"},
+    ]
     whole = client.chat.completions.create(model="loragen-agents", messages=messages, tools=TOOLS)
     (call,) = whole.choices[0].message.tool_calls
     assert call.function.name == "convert_units"
@@ -56,8 +62,7 @@ def test_a_request_is_answered_by_the_right_call(client):
         streamed = stream.get_final_completion()
     (again,) = streamed.choices[0].message.tool_calls
     assert (again.function.name, again.function.arguments) == (call.function.name, call.function.arguments)
-    assert whole.usage.prompt_tokens < 60
     result = {"role": "tool", "tool_call_id": call.id, "content": "8.04672"}
     behind = [*messages, whole.choices[0].message.model_dump(exclude_none=True), result]
     after = client.chat.completions.create(model="loragen-agents", messages=behind, tools=TOOLS)
-    assert after.usage.prompt_tokens_details.cached_tokens >= whole.usage.prompt_tokens
+    assert after.usage.prompt_tokens_details.cached_tokens >= 128
