@@ -48,6 +48,10 @@ def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None) -> Decoder:
     return decoder
 
 
+# An answer is free text, and a small model may write on with the next lines of a step, as training shows them.
+_BEHIND_ANSWER = (OBSERVATION_STOP, "\nThought:", "\nHuman:")
+
+
 class SpecializedLM:
     """An edge LM + the weights of a registry + its grammar. Safe to use from several threads.
 
@@ -147,6 +151,8 @@ class SpecializedLM:
             held, updates = self.grammar(tool_choice), self._updates(tool_choice)
             return StepCompletionStream(self.decoder.stream(prompt, sampling, held, cancel, updates))
         scored = self.score(prompt, tool_choice, opening=not turns[-1].steps)
+        if scored.grammar is self.grammar("none"):
+            sampling = replace(sampling, stop=(*sampling.stop, *_BEHIND_ANSWER))
         stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates)
         return StepCompletionStream(stream, scored)
 

@@ -11,6 +11,7 @@ from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.conversation.react import Answer, ToolStep, parse_step
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.specialized import SpecializedLM
+from loragen_agents.edge.tool_choice import ToolProbabilities
 from loragen_agents.errors import GrammarError
 from loragen_agents.models.language_models import PROJECTIONS, LanguageModel
 from loragen_agents.registry import Tool, ToolRegistry
@@ -117,6 +118,33 @@ def test_free_text_ends_before_the_tools_report(monkeypatch):
     special.stream(TURNS, Sampling(stop=("END",)), grammar=False)
     special.stream(TURNS, Sampling(stop=("END",)))
     assert [sampling.stop for sampling in seen] == [("END", "\nObservation:"), ("END",)]
+
+
+def test_an_answer_ends_before_further_lines_of_a_step(monkeypatch):
+    special = SpecializedLM(language_model(), None, registry("ruler", "scale"))
+    seen = []
+    stream = special.decoder.stream
+
+    def watched(prompt, sampling, *arguments):
+        seen.append(sampling.stop)
+        return stream(prompt, sampling, *arguments)
+
+    monkeypatch.setattr(special.decoder, "stream", watched)
+    own = special.scorer
+
+    class Decided:
+        read = staticmethod(own.read)
+
+        def __init__(self, calls: float) -> None:
+            self.calls = calls
+
+        def __call__(self, request: Any, *, opening: bool) -> ToolProbabilities:
+            return ToolProbabilities(self.calls, {"ruler": 1.0, "scale": 0.0})
+
+    for calls in (0.0, 1.0):
+        monkeypatch.setattr(special, "scorer", Decided(calls))
+        special.stream(TURNS, Sampling(stop=("END",)))
+    assert seen == [("END", "\nObservation:", "\nThought:", "\nHuman:"), ("END",)]
 
 
 def test_turn_ends_of_the_chat_template_stop_decoding():
