@@ -24,9 +24,9 @@ from loragen_agents.assistant.tools.store import Store
 
 REQUESTS = (
     "What is 15% of 240?",
-    "Read trip.md",
-    "How many days until Christmas?",
-    "Remember that Anna's birthday is on 3 May",
+    "List the files",
+    "What day of the week is 3 May 2027?",
+    "Take a note: the boiler man comes on Friday",
 )
 FILES = {
     "trip.md": "# Oslo\n\n- **Friday**: train at 7:05\n- **Saturday**: fjord, bring a coat\n",
