@@ -21,7 +21,7 @@ from loragen_agents.assistant.permission import Permissions, brings_outside_text
 from loragen_agents.assistant.preview import preview
 from loragen_agents.assistant.results import MODEL_CHARACTERS, Result
 from loragen_agents.assistant.tools.context import Context
-from loragen_agents.assistant.turns import ToolCall, Turn, history, shown_of
+from loragen_agents.assistant.turns import ToolCall, Turn, history, remembered, shown_of
 from loragen_agents.errors import LoRAGenError
 
 # Turns of the conversation that the model sees beside the one at hand. It was trained with one at most.
@@ -135,7 +135,9 @@ class _Watch(AgentMiddleware):
         super().__init__()
         self.assistant, self.turn, self.show = assistant, turn, show
         self.steps = 0
-        self.outside_text = False
+        # What an earlier turn read still stands in the prompt, and may still try to give orders.
+        before = remembered(assistant.turns, HISTORY_TURNS)
+        self.outside_text = any(call.outside for earlier in before for call in earlier.calls)
         # Time that the user took to say yes or no, which is none of the turn's.
         self.thinking_seconds = 0.0
 
@@ -200,7 +202,7 @@ class _Watch(AgentMiddleware):
         artifact = message.artifact
         call.shown = shown_of(artifact)
         if brings_outside_text(tool) or (isinstance(artifact, Result) and artifact.outside):
-            self.outside_text = True
+            self.outside_text = call.outside = True
         self.show(CallEnds(call))
         return message
 

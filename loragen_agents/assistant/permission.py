@@ -35,7 +35,7 @@ class Permissions:
     always: set[str] = field(default_factory=set)
 
     async def decide(self, tool: BaseTool, arguments: dict[str, Any], *, outside_text: bool) -> Decision:
-        """Whether a call runs. `outside_text`: text from outside has been read in this turn."""
+        """Whether a call runs. `outside_text`: text from outside was read in this turn or the last."""
         if not asks_first(tool) and not (outside_text and isinstance(tool, AssistantTool) and tool.adds):
             return "run"
         if self.dry_run:
@@ -45,7 +45,7 @@ class Permissions:
         if self.ask is None:
             return "refuse"
         again = tool.name in self.always or not asks_first(tool)
-        why = "text from a file or server was read in this turn" if again else ""
+        why = "text from a file or server was read in this turn or the last" if again else ""
         reply = await self.ask(tool, arguments, why)
         if reply == "always":
             self.always.add(tool.name)

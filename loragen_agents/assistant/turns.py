@@ -3,7 +3,7 @@
 Knows nothing of how a turn is run or shown.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ class ToolCall:
     failed: bool = False
     milliseconds: float = 0.0
     refused: bool = False
+    outside: bool = False
     shown: Table | Document | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -39,6 +40,7 @@ class ToolCall:
             "failed": self.failed,
             "milliseconds": self.milliseconds,
             "refused": self.refused,
+            "outside": self.outside,
         }
 
 
@@ -119,14 +121,17 @@ class Turn:
         )
 
 
-def history(turns: Sequence[Turn], limit: int) -> list[BaseMessage]:
-    """The messages of the last `limit` turns that succeeded, each turn whole.
+def remembered(turns: Sequence[Turn], limit: int) -> list[Turn]:
+    """The last `limit` turns that succeeded.
 
     Errors and refusals are left out: a small model repeats them in later answers.
     """
-    succeeded = [turn for turn in turns if turn.succeeded]
-    kept: Iterable[Turn] = succeeded[-limit:] if limit else ()
-    return [message for turn in kept for message in turn.messages()]
+    return [turn for turn in turns if turn.succeeded][-limit:] if limit else []
+
+
+def history(turns: Sequence[Turn], limit: int) -> list[BaseMessage]:
+    """The messages of the `remembered` turns, each turn whole."""
+    return [message for turn in remembered(turns, limit) for message in turn.messages()]
 
 
 def shown_of(artifact: Any) -> Table | Document | None:
