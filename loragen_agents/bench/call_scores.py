@@ -120,14 +120,16 @@ _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _NUMBER_WORDS = {word: float(number) for number, word in enumerate(_WORDS)}
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = re.compile(r"[^\w\s.:/@+-]|[.:,](?=\s|$)")
+# With digits beside them, brackets, products and powers are arithmetic: (5+3)*12 is not 5+3*12.
+_ARITHMETIC = re.compile(r"[^\w\s.:/@+*^()-]|[.:,](?=\s|$)")
 
 
 def normalised(value: Any) -> Any:
     """An argument value as it is compared loosely.
 
-    Text: case, articles, quotes, closing punctuation and the amount of white space don't count. Numbers and truth
-    values are the same as text and as values, number words up to ten are numbers, 2.0 is 2. Lists and objects by their
-    items.
+    Text: case, articles, quotes, closing punctuation and the amount of white space don't count; brackets and operators
+    do beside digits. Numbers and truth values are the same as text and as values, number words up to ten are numbers,
+    2.0 is 2. Lists and objects by their items.
     """
     if isinstance(value, bool) or value is None:
         return str(value).lower()
@@ -137,7 +139,9 @@ def normalised(value: Any) -> Any:
         return tuple(sorted((str(key), normalised(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
         return tuple(normalised(item) for item in value)
-    text = " ".join(_PUNCTUATION.sub(" ", str(value).casefold()).split())
+    text = str(value).casefold()
+    dropped = _ARITHMETIC if any(character.isdigit() for character in text) else _PUNCTUATION
+    text = " ".join(dropped.sub(" ", text).split())
     text = " ".join(_ARTICLES.sub(" ", text).split()) or text
     if text in _NUMBER_WORDS:
         return _number(_NUMBER_WORDS[text])

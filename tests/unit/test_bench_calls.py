@@ -232,7 +232,8 @@ def test_normalised_alike(a: object, b: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [("11:30", "11:31"), ("Oslo", "Osla"), (2, 3), ("nan", 1), (["a"], "a"), (True, 1)]
+    ("a", "b"),
+    [("11:30", "11:31"), ("Oslo", "Osla"), (2, 3), ("nan", 1), (["a"], "a"), (True, 1), ("(5+3)*12", "5+3*12")],
 )
 def test_normalised_apart(a: object, b: object) -> None:
     assert normalised(a) != normalised(b)
