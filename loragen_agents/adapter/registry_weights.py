@@ -1,7 +1,8 @@
 """What the generator hands to the edge for one registry: weights that are shared, keys, and the updates of each tool.
 
 With keys, the shared weights are merged, the keys choose the tool, and only the chosen tool's updates are in place
-while its call is written. Without keys, as for other runtimes, all of it is one sum: `combined`.
+while its call is written, with the arguments that a reader finds in the request. Without keys, as for other runtimes,
+all of it is one sum: `combined`.
 """
 
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from loragen_agents.adapter.argument_reader import ArgumentKeys
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.tool_keys import ToolKeys
 from loragen_agents.adapter.updates import DownUpdates
@@ -32,6 +34,7 @@ class RegistryWeights:
         keys: of the registry's tools; None where the sum alone carries the registry.
         combine: makes the sum of all weights.
         update: makes the updates of one tool, by its name; None where tools have none.
+        arguments: reads the arguments of one tool, by its name; None where the model alone decides which it gives.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class RegistryWeights:
         keys: ToolKeys | None,
         combine: Callable[[], LoRAWeights],
         update: Callable[[str], DownUpdates] | None = None,
+        arguments: Callable[[str], ArgumentKeys] | None = None,
     ) -> None:
         self.shared, self.keys = shared, keys
-        self._combine, self._update = combine, update
+        self._combine, self._update, self._read = combine, update, arguments
         self._combined: LoRAWeights | None = None
         self._updates = OrderedDict[str, DownUpdates]()
+        self._arguments = OrderedDict[str, ArgumentKeys]()
         self._lock = Lock()
 
     @classmethod
@@ -63,13 +68,20 @@ class RegistryWeights:
         """What is in place while a call of this tool is written; None for nothing but the shared weights."""
         if self._update is None:
             return None
+        return self._kept_of(self._updates, tool, self._update)
+
+    def arguments(self, tool: str) -> ArgumentKeys | None:
+        """What a tool's arguments are recognised by in a request; None where the model alone decides."""
+        return None if self._read is None else self._kept_of(self._arguments, tool, self._read)
+
+    def _kept_of(self, kept: OrderedDict[str, Value], tool: str, make: Callable[[str], Value]) -> Value:
         with self._lock:
-            if tool not in self._updates:
-                self._updates[tool] = _made_for_all(partial(self._update, tool))
-            self._updates.move_to_end(tool)
-            while len(self._updates) > _KEPT:
-                self._updates.popitem(last=False)
-            return self._updates[tool]
+            if tool not in kept:
+                kept[tool] = _made_for_all(partial(make, tool))
+            kept.move_to_end(tool)
+            while len(kept) > _KEPT:
+                kept.popitem(last=False)
+            return kept[tool]
 
 
 def _made_for_all(make: Callable[[], Value]) -> Value:

@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.support.console import print_json, say
     from loragen_agents.support.progress import lines, shown, silent
+    from loragen_agents.training.argument_recipe import ArgumentRecipe
+    from loragen_agents.training.argument_trainer import train_argument_head
     from loragen_agents.training.head_recipe import HeadRecipe
     from loragen_agents.training.head_trainer import train_head
     from loragen_agents.training.recipe import load_recipe, recipe_file
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(recipe, HeadRecipe):
             # What an interrupted run has read is found in its folder; the rest takes a minute or two.
             weights = train_head(recipe, folder, progress=progress)
+        elif isinstance(recipe, ArgumentRecipe):
+            weights = train_argument_head(recipe, folder, progress=progress)
         else:
             weights = train(recipe, folder, resume=arguments.resume, progress=progress)
     if arguments.json:

@@ -82,6 +82,21 @@ class PromptRenderer:
         """
         return self._encode(self._user_turn_pieces(turns))
 
+    def user_turn_with_starts(self, turns: Sequence[Turn]) -> tuple[list[int], str, list[int]]:
+        """As `user_turn`, with the prompt as text and the place in it of the first character of every token."""
+        ids: list[int] = []
+        text, starts = "", list[int]()
+        for piece in self._user_turn_pieces(turns):
+            if piece.marker:
+                own = self._marker_ids[piece.text]
+                places = [0] * len(own)
+            else:
+                own, places = self.encode_with_starts(piece.text)
+            ids += own
+            starts += [len(text) + place for place in places]
+            text += piece.text
+        return ids, text, starts
+
     def user_turn_text(self, turns: Sequence[Turn]) -> str:
         """The same prompt as text, for people. Tokenising it again is not safe: control tokens in it would be live."""
         return "".join(piece.text for piece in self._user_turn_pieces(turns))

@@ -9,12 +9,14 @@ and LangChain, are not this module's business.
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
+from loragen_agents.adapter.argument_reader import kept_values
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.adapter.updates import DownUpdates
@@ -23,6 +25,7 @@ from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
+from loragen_agents.edge.held_arguments import held_arguments, narrowed
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import KeyScorer, NameScorer, ToolProbabilities, ToolScorer
 from loragen_agents.models.arrangement import arrange_weights
@@ -48,6 +51,8 @@ def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None) -> Decoder:
     return decoder
 
 
+# Grammars of calls held to some of their arguments; each takes a millisecond or two to make.
+_NARROWED = 256
 # An answer is free text, and a small model may write on with the next lines of a step, as training shows them.
 _BEHIND_ANSWER = (OBSERVATION_STOP, "\nThought:", "\nHuman:")
 
@@ -96,6 +101,7 @@ class SpecializedLM:
         else:
             self.scorer = NameScorer(self.decoder, self.renderer, registry)
         self._grammars: dict[ToolChoice, ToolGrammar] = {}
+        self._narrowed: OrderedDict[tuple[str, frozenset[str], frozenset[str]], ToolGrammar] = OrderedDict()
         self._alone: SpecializedLM | None = None
         self._lock = threading.Lock()
 
@@ -148,9 +154,9 @@ class SpecializedLM:
         if not grammar:
             return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            held, updates = self.grammar(tool_choice), self._updates(tool_choice)
-            return StepCompletionStream(self.decoder.stream(prompt, sampling, held, cancel, updates))
-        scored = self.score(prompt, tool_choice, opening=not turns[-1].steps)
+            scored = self._unscored(prompt, tool_choice, cancel)
+        else:
+            scored = self.score(prompt, tool_choice, opening=not turns[-1].steps)
         if scored.grammar is self.grammar("none"):
             sampling = replace(sampling, stop=(*sampling.stop, *_BEHIND_ANSWER))
         stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates)
@@ -176,12 +182,12 @@ class SpecializedLM:
         if not grammar:
             return self.decoder.generate(prompts, sampling, None, cancel)
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            held, updates = self.grammar(tool_choice), self._updates(tool_choice)
-            return self.decoder.generate(prompts, sampling, held, cancel, updates=updates)
-        scored = [
-            self.score(prompt, tool_choice, opening=not turns[-1].steps)
-            for prompt, turns in zip(prompts, conversations, strict=True)
-        ]
+            scored = [self._unscored(prompt, tool_choice, cancel) for prompt in prompts]
+        else:
+            scored = [
+                self.score(prompt, tool_choice, opening=not turns[-1].steps)
+                for prompt, turns in zip(prompts, conversations, strict=True)
+            ]
         completions = self.decoder.generate(
             [one.read for one in scored],
             sampling,
@@ -200,6 +206,51 @@ class SpecializedLM:
         if self._parts is not None:
             return True
         return sampling.temperature == 0 and len(self.registry) > 1
+
+    def _unscored(
+        self, prompt: Sequence[int], tool_choice: ToolChoice, cancel: threading.Event | None
+    ) -> "ScoredPrompt":
+        """As `score`, where no tool has to be chosen: the prompt is read only if that tells more."""
+        cancelled = cancel is not None and cancel.is_set()
+        if cancelled or tool_choice not in self.registry or not self._reads_arguments(tool_choice):
+            return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0)
+        started = time.perf_counter()
+        read = self.decoder.read(prompt)
+        grammar = self._call_grammar(tool_choice, read)
+        return ScoredPrompt(read, grammar, self._updates(tool_choice), None, time.perf_counter() - started)
+
+    def _reads_arguments(self, tool: str) -> bool:
+        """Whether a tool has arguments of which a reader can tell if they are given."""
+        # In csv inputs an argument is told by its place, so none can be left out before another.
+        if self._parts is None or self.registry.input_format == "csv":
+            return False
+        optional = len(self.registry[tool].argument_names) > len(self.registry[tool].required)
+        return optional and self._parts.arguments(tool) is not None
+
+    def _call_grammar(self, tool: str, read: ReadPrompt) -> ToolGrammar:
+        """The grammar of a call of one tool, held to the arguments that the conversation gives."""
+        if self._parts is None or not self._reads_arguments(tool):
+            return self.grammar(tool)
+        keys = self._parts.arguments(tool)
+        assert keys is not None
+        given = keys.given(kept_values(read.states.layers, keys.reader.layers))
+        demanded, refused = held_arguments(self.registry[tool], given)
+        if not demanded and not refused:
+            return self.grammar(tool)
+        key = (tool, demanded, refused)
+        with self._lock:
+            known = self._narrowed.get(key)
+        if known is None:
+            held = ToolRegistry(
+                [narrowed(self.registry[tool], demanded, refused)], input_format=self.registry.input_format
+            )
+            known = ToolGrammar(held, cast(PreTrainedTokenizerFast, self.edge.tokenizer), tool)
+        with self._lock:
+            self._narrowed[key] = known
+            self._narrowed.move_to_end(key)
+            while len(self._narrowed) > _NARROWED:
+                self._narrowed.popitem(last=False)
+        return known
 
     def _updates(self, tool: str | None) -> DownUpdates | None:
         if self._parts is None or tool is None or tool not in self.registry:
@@ -227,7 +278,7 @@ class SpecializedLM:
         request = scorer.read(prompt)
         tools = scorer(request, opening=opening)
         chosen = tools.best if tool_choice == "any" else tools.chosen
-        grammar = self.grammar("none" if chosen is None else chosen)
+        grammar = self.grammar("none") if chosen is None else self._call_grammar(chosen, request.prompt)
         updates = None if chosen is None else self._updates(chosen)
         return ScoredPrompt(request.prompt, grammar, updates, tools, time.perf_counter() - started)
 
@@ -253,19 +304,22 @@ class SpecializedLM:
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """A prompt that was read and whose tool is chosen.
+    """A prompt whose tool is chosen, and that was read where this took reading.
 
-    updates: what runs beside the model while the step is written. seconds: what reading and choosing took.
+    updates: what runs beside the model while the step is written. tools: None where no tool had to be chosen.
+    seconds: what reading and choosing took.
     """
 
-    read: ReadPrompt
+    read: Sequence[int] | ReadPrompt
     grammar: ToolGrammar
     updates: DownUpdates | None
-    tools: ToolProbabilities
+    tools: ToolProbabilities | None
     seconds: float
 
     def completed(self, completion: Completion) -> Completion:
         """The completion with the reading and choosing counted in."""
+        if not isinstance(self.read, ReadPrompt):
+            return completion
         return replace(
             completion,
             cached_tokens=self.read.cached_tokens,

@@ -21,6 +21,9 @@ class GeneratorConfig:
     memory_common_rank, memory_key_rank, memory_value_rank: widths of the memory's maps (see `ToolMemory`).
     head_layers: how many of the edge LM's last layers the tool head looks at; 0 is no head: names are scored.
     head_width: numbers that each layer and place gives to a tool's vector (see `ToolHead`).
+    argument_layers: in how many of the edge LM's layers the argument head looks, every second one of the last; 0 is no
+        such head: the model alone decides which arguments it gives.
+    argument_width: numbers in each half of an argument's vector (see `ArgumentReader`).
 
     Raises:
         ValueError: a value is out of its range.
@@ -45,6 +48,8 @@ class GeneratorConfig:
     memory_value_rank: int = 32
     head_layers: int = 0
     head_width: int = 64
+    argument_layers: int = 0
+    argument_width: int = 128
 
     def __post_init__(self) -> None:
         choices = {
@@ -55,8 +60,9 @@ class GeneratorConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
-        widths = ("memory_common_rank", "memory_key_rank", "memory_value_rank", "head_width")
-        may_be_none = ("memory_layers", "head_layers")
+        memory = ("memory_common_rank", "memory_key_rank", "memory_value_rank")
+        widths = (*memory, "head_width", "argument_width")
+        may_be_none = ("memory_layers", "head_layers", "argument_layers")
         for name in ("n_experts", "top_k", "rank", "router_width", "direct_width", "cloud_rank", *widths, *may_be_none):
             value, least = getattr(self, name), 0 if name in may_be_none else 1
             if not isinstance(value, int) or value < least:

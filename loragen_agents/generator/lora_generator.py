@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loragen_agents.adapter.argument_reader import ArgumentKeys
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.adapter.tool_keys import ToolKeys
@@ -20,6 +21,7 @@ from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.errors import CheckpointError
+from loragen_agents.generator.argument_head import ArgumentHead, ArgumentIndexer, layers_read, value_width
 from loragen_agents.generator.checkpoint import (
     Description,
     ModelIdentity,
@@ -134,6 +136,16 @@ class LoRAGenerator(nn.Module):
             looked_at = range(self.shape.layers - config.head_layers, self.shape.layers)
             head = ToolHead(looked_at, self.shape.intermediate, config.head_width)
             self.tool_head = ToolIndexer(edge, head, keep=0 if config.uses_cloud else 4096)
+        self.argument_head: ArgumentIndexer | None = None
+        if config.argument_layers:
+            if 2 * config.argument_layers > self.shape.layers:
+                raise ValueError(
+                    f"argument_layers is {config.argument_layers}, and the edge LM has {self.shape.layers} layers, of "
+                    "which every second one can be read"
+                )
+            read = layers_read(config.argument_layers, self.shape.layers)
+            arguments = ArgumentHead(read, value_width(edge.model), config.argument_width)
+            self.argument_head = ArgumentIndexer(edge, arguments)
         self.tool_memory: MemoryWriter | None = None
         if config.memory_layers:
             memory = ToolMemory(
@@ -197,10 +209,18 @@ class LoRAGenerator(nn.Module):
         keys: ToolKeys | None = None
         if self.tool_head is not None and registry:
             keys = self.tool_head(registry, shared) if vectors is None else self.tool_head.keys(vectors)
-        memory = self.tool_memory
-        if memory is None or not registry:
+        memory, reads = self.tool_memory, self.argument_head
+        if not registry:
             return RegistryWeights(shared, keys, lambda: shared)
         tools, beside = registry, shared
+
+        def arguments(tool: str) -> ArgumentKeys:
+            assert reads is not None
+            return reads(tools[tool], beside)
+
+        read = None if reads is None else arguments
+        if memory is None:
+            return RegistryWeights(shared, keys, lambda: shared, arguments=read)
 
         @torch.no_grad()
         def combined() -> LoRAWeights:
@@ -210,7 +230,7 @@ class LoRAGenerator(nn.Module):
         def updates(tool: str) -> DownUpdates:
             return DownUpdates.of(memory.each(ToolRegistry([tools[tool]], input_format=tools.input_format), beside)[0])
 
-        return RegistryWeights(shared, keys, combined, updates)
+        return RegistryWeights(shared, keys, combined, updates, read)
 
     def _shared_weights(self, system_prompt: str) -> LoRAWeights:
         """The experts' part for one registry. Where nothing is routed, it is one object until the weights change."""

@@ -14,6 +14,8 @@ from loragen_agents.registry import Tool
 # a tool is wanted, and every token is paid for at specialisation.
 _MAX_DESCRIPTION, _MAX_PURPOSE, _MAX_ARGUMENTS = 300, 160, 200
 _MOST_ARGUMENTS, _MOST_VALUES, _MAX_NOTE = 10, 8, 60
+# Where arguments are read one by one, several share a text, which is read at once.
+_MAX_AIM, _ARGUMENTS_A_TEXT = 120, 8
 
 
 class TextKind(IntEnum):
@@ -45,6 +47,23 @@ def request_texts(tool: Tool) -> dict[TextKind, str]:
     if notes:
         listed = f"With {', '.join(notes)}."[:_MAX_ARGUMENTS]
         texts[TextKind.ARGUMENTS] = f"{as_request(tool.description, _MAX_PURPOSE)} {listed}"
+    return texts
+
+
+def argument_texts(tool: Tool) -> list[tuple[str, list[tuple[int, int]]]]:
+    """What a tool's arguments are read by: texts, and the begin and end in them of each argument in order.
+
+    Each text begins with what the tool does, since `name` means something else in each tool.
+    """
+    texts = []
+    properties = list(tool.parameters["properties"].items())
+    for begin in range(0, len(properties), _ARGUMENTS_A_TEXT):
+        text, places = f"{as_request(tool.description, _MAX_AIM)} With", []
+        for number, (name, schema) in enumerate(properties[begin : begin + _ARGUMENTS_A_TEXT]):
+            text += ", " if number else " "
+            places.append((len(text), len(text) + len(_note(name, schema))))
+            text += _note(name, schema)
+        texts.append((f"{text}.", places))
     return texts
 
 

@@ -2,7 +2,7 @@
 
 The archive is a zip file of safetensors and JSON, nothing in it is executed. Its top is a PEFT folder with the sum of
 all weights, which any runtime takes. Beside it lie the parts that this package decodes with: the shared weights, the
-updates of each tool, and what the tool is chosen by.
+updates of each tool, and what the tool and its arguments are recognised by.
 """
 
 import hashlib
@@ -17,22 +17,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from loragen_agents.adapter.argument_reader import ArgumentKeys, ArgumentReader
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.adapter.tool_keys import RequestMaps, ToolKeys
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.errors import CheckpointError
+from loragen_agents.generator.argument_head import argument_keys
 from loragen_agents.models.language_models import LanguageModel, gated_ffn_layers
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.specialize import Specialization
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "specialization.json"
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _SHARED = "shared/"
 _UPDATES = "tool_updates.safetensors"
 _CHOICE = "tool_choice.safetensors"
+_ARGUMENTS = "arguments.safetensors"
+_READER = "reader."
 _MAPS = ("means", "maps", "none", "bias", "scale")
 # More than any adapter for a model that an edge runs; a small zip file can unfold to anything.
 MAX_BYTES = 2**31
@@ -55,6 +59,8 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
         tensors = {name: getattr(keys.requests, name) for name in _MAPS}
         files[_CHOICE] = save(_plain({**tensors, "vectors": keys.vectors}))
         files[_UPDATES] = save(_plain(_update_tensors(made)))
+        if arguments := _argument_tensors(made):
+            files[_ARGUMENTS] = save(_plain(arguments))
     manifest = {
         "format": _FORMAT,
         "key": made.key,
@@ -65,6 +71,7 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
         "edge_fingerprint": edge.fingerprint,
         "shared": {"layers": shared.layers, "rank": shared.rank, "alpha": shared.alpha},
         "choice_layers": layers,
+        "argument_layers": _argument_layers(made),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     archive = io.BytesIO()
@@ -133,7 +140,35 @@ def _choice_parts(
         for tool, layers in tensors.items()
     }
     has_updates = any(tensors.values())
-    return shared, keys, lambda: combined, updates.__getitem__ if has_updates else None
+    read = None
+    if _ARGUMENTS in files:
+        read = _argument_keys(load(files[_ARGUMENTS]), manifest["argument_layers"], registry).__getitem__
+    return shared, keys, lambda: combined, updates.__getitem__ if has_updates else None, read
+
+
+def _argument_keys(tensors: dict[str, Tensor], layers: list[int], registry: ToolRegistry) -> dict[str, ArgumentKeys]:
+    width = tensors[f"{_READER}token.weight"].shape
+    reader = ArgumentReader(layers, width[1] // len(layers), width[0])
+    state = {name.removeprefix(_READER): tensor for name, tensor in tensors.items() if name.startswith(_READER)}
+    reader.load_state_dict(state)
+    reader.eval()
+    return {tool.name: argument_keys(reader, tool, tensors[str(number)]) for number, tool in enumerate(registry)}
+
+
+def _argument_tensors(made: Specialization) -> dict[str, Tensor]:
+    """The vectors of each tool's arguments, by its number, and the tensors of what reads requests for them."""
+    tensors: dict[str, Tensor] = {}
+    for number, tool in enumerate(made.registry.names):
+        keys = made.parts.arguments(tool)
+        if keys is not None:
+            tensors[str(number)] = keys.vectors
+            tensors |= {f"{_READER}{name}": tensor for name, tensor in keys.reader.state_dict().items()}
+    return tensors
+
+
+def _argument_layers(made: Specialization) -> list[int]:
+    keys = made.parts.arguments(made.registry.names[0]) if len(made.registry) else None
+    return [] if keys is None else list(keys.reader.layers)
 
 
 def _update_tensors(made: Specialization) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from loragen_agents.generator.tool_head import PLACES, request_row
 from loragen_agents.generator.tool_reading import captured_at
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
-from loragen_agents.support.files import replacing
 from loragen_agents.support.progress import Progress
+from loragen_agents.training.kept_arrays import KeptArray
 
 _BLOCK = 256
 
@@ -47,27 +47,24 @@ def read_features(
     width = edge.model.config.get_text_config().intermediate_size
     shape = (len(rows), PLACES * len(layers), width)
     digest = hashlib.sha256(json.dumps([rows, list(layers), edge.fingerprint]).encode())
-    for a, b in beside.tensors.values():
-        digest.update(a.float().numpy().tobytes() + b.float().numpy().tobytes())
-    path, note = folder / "features.npy", folder / "features.json"
-    done = 0
-    if path.is_file() and note.is_file():
-        kept = json.loads(note.read_text(encoding="utf-8"))
-        done = kept["done"] if kept["texts"] == digest.hexdigest() else 0
-    features = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, shape)
+    update_with(digest, beside)
+    kept = KeptArray(folder, "features", shape, digest.hexdigest())
     model = clone_sharing_tensors(edge.model)
     # Merged, the experts cost nothing; the clone leaves the edge LM as it is.
     beside.merge_into(model)
-    for begin in range(done, len(rows), _BLOCK):
+    for begin in range(kept.done, len(rows), _BLOCK):
         progress(f"Reading {len(rows)} texts", begin / len(rows))
         block = captured_at(model, layers, rows[begin : begin + _BLOCK])
         for offset, activations in enumerate(block):
-            features[begin + offset] = activations.transpose(0, 1).flatten(0, 1).half().cpu().numpy()
-        features.flush()
-        with replacing(note) as temporary:
-            end = min(begin + _BLOCK, len(rows))
-            temporary.write_text(json.dumps({"texts": digest.hexdigest(), "done": end}), encoding="utf-8")
-    return features
+            kept.array[begin + offset] = activations.transpose(0, 1).flatten(0, 1).half().cpu().numpy()
+        kept.keep(min(begin + _BLOCK, len(rows)))
+    return kept.array
+
+
+def update_with(digest: "hashlib._Hash", weights: LoRAWeights) -> None:
+    """Add the bytes of weights to a digest."""
+    for a, b in weights.tensors.values():
+        digest.update(a.float().cpu().numpy().tobytes() + b.float().cpu().numpy().tobytes())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from loragen_agents.data.options import problems_in_words
 from loragen_agents.errors import DataError
 from loragen_agents.models.language_models import DEFAULT_MODEL
 from loragen_agents.support.content import content_folder
+from loragen_agents.training.argument_recipe import ArgumentRecipe
 from loragen_agents.training.head_recipe import HeadRecipe
 
 
@@ -75,12 +76,12 @@ class Recipe(_Strict):
         """
         recipe = load_recipe(name)
         if not isinstance(recipe, cls):
-            raise DataError(f"{recipe_file(name)} is the recipe of a tool head, not of a generator's weights")
+            raise DataError(f"{recipe_file(name)} is the recipe of a head, not of a generator's weights")
         return recipe
 
 
-def load_recipe(name: str | Path) -> Recipe | HeadRecipe:
-    """Read a recipe of either kind: that of a tool head says `trains: head`.
+def load_recipe(name: str | Path) -> Recipe | HeadRecipe | ArgumentRecipe:
+    """Read a recipe of any kind: that of a head says so, with `trains: head` or `trains: argument head`.
 
     Raises:
         DataError: as `Recipe.load`.
@@ -95,6 +96,8 @@ def load_recipe(name: str | Path) -> Recipe | HeadRecipe:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected settings, one a line, as `steps: 800`")
     try:
+        if content.get("trains") == "argument head":
+            return ArgumentRecipe.model_validate(content)
         return (HeadRecipe if "trains" in content else Recipe).model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path}: {problems_in_words(error)}") from error

@@ -266,12 +266,14 @@ def _new_generator(recipe: Recipe, cloud: Any, edge: Any) -> LoRAGenerator:
 def _take_over(generator: LoRAGenerator, folder: str | Path) -> None:
     """Copy the tensors of a checkpoint of the same settings into a generator.
 
-    A tool head of the checkpoint is left behind where the recipe asks for none: it is learnt behind the experts.
+    Heads of the checkpoint are left behind where the recipe asks for none: they are learnt behind the experts.
     """
     source = LoRAGenerator.load(folder, generator.cloud, generator.edge)
     ours, theirs = asdict(generator.config), asdict(source.config)
     if not generator.config.head_layers:
         theirs |= {name: ours[name] for name in ("head_layers", "head_width")}
+    if not generator.config.argument_layers:
+        theirs |= {name: ours[name] for name in ("argument_layers", "argument_width")}
     if ours != theirs:
         names = ", ".join(name for name in ours if ours[name] != theirs[name])
         raise DataError(f"{folder} has other generator settings than the recipe: {names}")

@@ -202,7 +202,7 @@ def test_data_without_a_dev_split_is_refused(start: tuple[str, str], tmp_path: P
 
 def test_recipes_of_heads_are_told_by_what_they_train(tmp_path: Path) -> None:
     assert isinstance(load_recipe("head"), HeadRecipe)
-    with pytest.raises(DataError, match="recipe of a tool head"):
+    with pytest.raises(DataError, match="recipe of a head"):
         Recipe.load("head")
     file = tmp_path / "mine.yaml"
     file.write_text("trains: head\nheadlayers: 3\n")
@@ -213,7 +213,7 @@ def test_recipes_of_heads_are_told_by_what_they_train(tmp_path: Path) -> None:
 def test_training_the_experts_leaves_an_older_head_behind(start: tuple[str, str], tmp_path: Path) -> None:
     edge = load_language_model(start[0], dtype="float32")
     torch.manual_seed(0)
-    headed = LoRAGenerator(GeneratorConfig(**GENERATOR, head_layers=2), None, edge)
+    headed = LoRAGenerator(GeneratorConfig(**GENERATOR, head_layers=2, argument_layers=1), None, edge)
     headed.save(tmp_path)
     plain = LoRAGenerator(GeneratorConfig(**GENERATOR), None, edge)
     _take_over(plain, tmp_path)

@@ -29,7 +29,11 @@ TOOLS = [
         "function": {
             "name": name,
             "description": f"{name} a number.",
-            "parameters": {"type": "object", "properties": {"number": {"enum": [1, 2]}}, "required": ["number"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"number": {"enum": [1, 2]}, "loud": {"type": "boolean"}},
+                "required": ["number"],
+            },
         },
     }
     for name in ("pick", "drop")
@@ -62,7 +66,7 @@ def nothing_in_memory() -> Iterator[None]:
 
 
 def keyed_generator(edge: LanguageModel) -> LoRAGenerator:
-    """A random generator with a tool memory and a head, so that tools have keys and updates of their own."""
+    """A random generator with a tool memory and heads, so that tools have keys and updates of their own."""
     torch.manual_seed(0)
     config = GeneratorConfig(
         n_experts=1,
@@ -72,11 +76,13 @@ def keyed_generator(edge: LanguageModel) -> LoRAGenerator:
         memory_common_rank=4,
         head_layers=2,
         head_width=5,
+        argument_layers=1,
+        argument_width=4,
     )
     generator = LoRAGenerator(config, edge, edge)
     with torch.no_grad():
         for name, tensor in generator.own_tensors().items():
-            if name.startswith(("producer", "tool_head")) and tensor.is_floating_point():
+            if name.startswith(("producer", "tool_head", "argument_head")) and tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) / 10)
     return generator.eval()
 
@@ -105,6 +111,10 @@ def test_an_archive_decodes_as_what_was_packed(made, edge):
     assert (read.key, read.system_text, read.registry) == (made.key, "Be brief.", REGISTRY)
     assert read.definition_tokens == made.definition_tokens
     assert texts(read) == texts(made)
+    if made.parts.keys is not None:
+        ours, theirs = made.parts.arguments("drop"), read.parts.arguments("drop")
+        values = torch.randn(5, ours.reader.mean.numel())
+        assert theirs.given(values) == pytest.approx(ours.given(values)) and set(ours.names) == {"number", "loud"}
 
 
 def test_an_archive_is_a_peft_folder(made, edge, tmp_path):

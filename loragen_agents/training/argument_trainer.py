@@ -1,0 +1,313 @@
+"""Trains the argument head of a generator, alone and behind the experts: minutes on a CPU, half of them for reading.
+
+A step draws requests with the tools that they call; the losses are on whether each argument is given, and on what each
+token stands for. Everything but the head stands still.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loragen_agents.adapter.argument_reader import Listed
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.conversation.prompts import PromptRenderer
+from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.data.records import DataSet, load_data
+from loragen_agents.errors import DataError
+from loragen_agents.generator import LoRAGenerator
+from loragen_agents.generator.argument_head import ArgumentHead, argument_kinds, read_arguments, read_values
+from loragen_agents.models.clone import clone_sharing_tensors
+from loragen_agents.models.language_models import LanguageModel, load_language_model
+from loragen_agents.support.files import replacing
+from loragen_agents.support.progress import Progress, silent
+from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples
+from loragen_agents.training.argument_recipe import ArgumentRecipe
+from loragen_agents.training.head_features import update_with
+from loragen_agents.training.kept_arrays import KeptArray
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 256
+_WARMUP = 50
+# Texts from whose tokens mean and deviation are taken.
+_SAMPLE = 1500
+_EVERY = 0.6  # a source's share grows with this power of its requests
+
+
+@dataclass(frozen=True)
+class ReadExamples:
+    """What was read of the examples.
+
+    values: of all requests' tokens one behind the other, float16, with shape (tokens, layers · value width).
+    starts: of each request, the place of its first token. words: of each tool, as `read_arguments` gives them.
+    """
+
+    values: np.ndarray
+    starts: list[int]
+    words: list[Tensor]
+
+
+def train_argument_head(
+    recipe: ArgumentRecipe, folder: str | Path, *, data: DataSet | None = None, progress: Progress = silent
+) -> Path:
+    """Run a recipe; returns the folder of the generator with its head, `folder/weights`.
+
+    Args:
+        recipe: what to do.
+        folder: the run's folder, made if it is missing. What an interrupted run has read is not read again.
+        data: in place of the recipe's data folders.
+        progress: told how far it is.
+
+    Raises:
+        DataError: there is no data, or no requests of split train whose tool has arguments.
+        CheckpointError: the generator is damaged or for another model.
+    """
+    folder = Path(folder)
+    if data is None and not recipe.data:
+        raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
+    edge = load_language_model(recipe.edge, dtype=recipe.dtype)
+    cloud = edge if recipe.cloud == recipe.edge else load_language_model(recipe.cloud, dtype=recipe.dtype)
+    renderer = shared_renderer(edge.tokenizer)
+    examples = build_argument_examples(data or load_data(*recipe.data), renderer, recipe)
+    if not any(one.split == "train" for one in examples.requests):
+        raise DataError("the data has no requests of split train that call a tool with arguments")
+    generator = _with_argument_head(LoRAGenerator.load(recipe.start_from, cloud, edge), recipe)
+    assert generator.argument_head is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    head = generator.argument_head.head
+    beside = generator.generate_parts("").shared
+    read = read_examples(folder, edge, beside, renderer, examples, head.reader.layers, progress)
+    torch.manual_seed(recipe.seed)
+    fit_argument_head(head, read, examples, recipe, progress)
+    scores = argument_scores(head, read, examples)
+    logger.info("scores: %s", json.dumps(scores))
+    generator.notes = {**generator.notes, "argument_head": {"requests": len(examples.requests), **scores}}
+    generator.save(folder / "weights", dtype=torch.bfloat16)
+    with replacing(folder / "scores.json") as temporary:
+        temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return folder / "weights"
+
+
+def _with_argument_head(source: LoRAGenerator, recipe: ArgumentRecipe) -> LoRAGenerator:
+    """The same generator with a new argument head in the place of the one it may have."""
+    config = dataclasses.replace(
+        source.config, argument_layers=recipe.argument_layers, argument_width=recipe.argument_width
+    )
+    made = LoRAGenerator(config, source.cloud, source.edge)
+    own = made.own_tensors()
+    with torch.no_grad():
+        for name, tensor in source.own_tensors().items():
+            if not name.startswith("argument_head."):
+                own[name].copy_(tensor)
+    made.notes = dict(source.notes)
+    return made
+
+
+def read_examples(
+    folder: Path,
+    edge: LanguageModel,
+    beside: LoRAWeights,
+    renderer: PromptRenderer,
+    examples: ArgumentExamples,
+    layers: Sequence[int],
+    progress: Progress,
+) -> ReadExamples:
+    """Read all requests and tools; arguments as `train_argument_head` has them."""
+    model = clone_sharing_tensors(edge.model)
+    # Merged, the experts cost nothing; the clone leaves the edge LM as it is.
+    beside.merge_into(model)
+    words = []
+    for begin in range(0, len(examples.tools), _BLOCK):
+        progress(f"Reading the arguments of {len(examples.tools)} tools", begin / len(examples.tools))
+        words += read_arguments(model, renderer, examples.tools[begin : begin + _BLOCK], layers)
+    rows = [one.ids for one in examples.requests]
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row))
+    digest = hashlib.sha256(json.dumps([rows, list(layers), edge.fingerprint]).encode())
+    update_with(digest, beside)
+    kept = KeptArray(folder, "values", (starts[-1], words[0].shape[-1]), digest.hexdigest())
+    first = starts.index(kept.done) if kept.done else 0
+    for begin in range(first, len(rows), _BLOCK):
+        progress(f"Reading {len(rows)} requests", begin / len(rows))
+        block = torch.cat(read_values(model, layers, rows[begin : begin + _BLOCK]))
+        end = min(begin + _BLOCK, len(rows))
+        kept.array[starts[begin] : starts[end]] = block.half().cpu().numpy()
+        kept.keep(starts[end])
+    return ReadExamples(kept.array, starts[:-1], words)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A request of a step with the arguments that are listed for it, by (tool, argument)."""
+
+    index: int
+    listed: list[tuple[int, int]]
+    given: list[bool]
+    required: list[bool]
+    stands: list[int]
+
+
+def fit_argument_head(
+    head: ArgumentHead,
+    read: ReadExamples,
+    examples: ArgumentExamples,
+    recipe: ArgumentRecipe,
+    progress: Progress = silent,
+) -> None:
+    """Learn a head on examples that were read; arguments as `train_argument_head` has them."""
+    rng = random.Random(recipe.seed)
+    train: dict[str, list[int]] = defaultdict(list)
+    for index, one in enumerate(examples.requests):
+        if one.split == "train":
+            train[one.source].append(index)
+    _standardise(head, read, [index for own in train.values() for index in own], rng)
+    batches = _Batches(read, examples)
+    sources = sorted(train)
+    shares = [len(train[source]) ** _EVERY for source in sources]
+    strangers = _strangers(examples, {examples.requests[n].tool for own in train.values() for n in own})
+    head.reader.dropout = recipe.dropout
+    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    head.train()
+    mean: float | None = None
+    for step in range(recipe.steps):
+        rate = recipe.learning_rate * min(1.0, (step + 1) / _WARMUP) * (1 - step / recipe.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        indices = [
+            rng.choice(train[source])
+            for source in rng.choices(sources, shares, k=3)
+            for _ in range(recipe.step_requests // 3)
+        ]
+        drawn = [_changed(examples, index, strangers, recipe, rng) for index in indices]
+        values, present, listed, given, stands = batches(head, drawn)
+        tokens, logits = head.reader(values, present, listed)
+        learnt = listed.present & (~listed.required | (torch.rand(listed.present.shape) < recipe.required))
+        loss = F.binary_cross_entropy_with_logits(logits[learnt], given[learnt])
+        loss = loss + recipe.token_weight * F.cross_entropy(
+            tokens.flatten(0, 1), stands.flatten(), ignore_index=UNKNOWN
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        label = "Learning the argument head"
+        progress(f"{label} (loss {mean:.2f})" if step % 20 == 0 else label, step / recipe.steps)
+    head.eval()
+
+
+def _standardise(head: ArgumentHead, read: ReadExamples, train: Sequence[int], rng: random.Random) -> None:
+    """Set the head's means and deviations from what was read."""
+    ends = [*read.starts[1:], len(read.values)]
+    some = sorted(rng.sample(train, min(_SAMPLE, len(train))))
+    tokens = torch.cat([torch.from_numpy(read.values[read.starts[n] : ends[n]].astype(np.float32)) for n in some])
+    words = torch.cat(read.words).float()
+    for module, x in ((head.reader, tokens), (head, words)):
+        module.mean.copy_(x.mean(dim=0))
+        module.deviation.copy_(x.std(dim=0) + 1e-3)
+
+
+def _strangers(examples: ArgumentExamples, trained: set[int]) -> list[tuple[int, int]]:
+    return [(tool, n) for tool in sorted(trained) for n in range(len(examples.tools[tool].argument_names))]
+
+
+def _plain(examples: ArgumentExamples, index: int) -> _Drawn:
+    """An example as it is."""
+    one = examples.requests[index]
+    tool = examples.tools[one.tool]
+    listed = [(one.tool, n) for n in range(len(one.given))]
+    required = [name in tool.required for name in tool.argument_names]
+    return _Drawn(index, listed, list(one.given), required, one.stands)
+
+
+def _changed(
+    examples: ArgumentExamples,
+    index: int,
+    strangers: Sequence[tuple[int, int]],
+    recipe: ArgumentRecipe,
+    rng: random.Random,
+) -> _Drawn:
+    """An example with arguments left out that its request doesn't give, strange ones added, in another order."""
+    plain, one = _plain(examples, index), examples.requests[index]
+    kept = [n for n in range(len(one.given)) if one.given[n] or plain.required[n] or rng.random() >= recipe.dropped]
+    places: list[tuple[tuple[int, int], int | None]] = [(plain.listed[n], n) for n in kept]
+    if strangers and rng.random() < recipe.strange:
+        added = [rng.choice(strangers) for _ in range(rng.choice((1, 1, 2, 3, 4)))]
+        # A tool of the same source may well have an argument of the same meaning.
+        places += [(key, None) for key in added if examples.sources[key[0]] != one.source]
+    rng.shuffle(places)
+    moved = {number: place for place, (_, number) in enumerate(places) if number is not None}
+    return _Drawn(
+        index,
+        [key for key, _ in places],
+        [number is not None and one.given[number] for _, number in places],
+        [number is not None and plain.required[number] for _, number in places],
+        [1 + moved[label - 1] if label > 0 else label for label in one.stands],
+    )
+
+
+class _Batches:
+    """Makes tensors of drawn requests."""
+
+    def __init__(self, read: ReadExamples, examples: ArgumentExamples) -> None:
+        self.read, self.examples = read, examples
+        self.kinds = [argument_kinds(tool) for tool in examples.tools]
+
+    def __call__(self, head: ArgumentHead, drawn: Sequence[_Drawn]) -> tuple[Tensor, Tensor, Listed, Tensor, Tensor]:
+        """Values, which tokens are there, the arguments listed, which of them are given, what tokens stand for."""
+        rows = len(drawn)
+        width = max(len(one.stands) for one in drawn)
+        most = max(len(one.listed) for one in drawn)
+        values = torch.zeros(rows, width, self.read.values.shape[1])
+        present = torch.zeros(rows, width, dtype=torch.bool)
+        stands = torch.full((rows, width), UNKNOWN)
+        words = torch.zeros(rows, most, self.read.values.shape[1])
+        kinds = torch.zeros(rows, most, dtype=torch.long)
+        required, there = torch.zeros(rows, most, dtype=torch.bool), torch.zeros(rows, most, dtype=torch.bool)
+        given = torch.zeros(rows, most)
+        for row, one in enumerate(drawn):
+            start, length, count = self.read.starts[one.index], len(one.stands), len(one.listed)
+            values[row, :length] = torch.from_numpy(self.read.values[start : start + length].astype(np.float32))
+            present[row, :length] = True
+            stands[row, :length] = torch.tensor(one.stands)
+            for place, (tool, argument) in enumerate(one.listed):
+                words[row, place] = self.read.words[tool][argument]
+                kinds[row, place] = int(self.kinds[tool][argument])
+            there[row, :count] = True
+            required[row, :count] = torch.tensor(one.required, dtype=torch.bool)
+            given[row, :count] = torch.tensor(one.given, dtype=torch.float)
+        return values, present, Listed(head.vectors(words), kinds, required, there), given, stands
+
+
+@torch.no_grad()
+def argument_scores(head: ArgumentHead, read: ReadExamples, examples: ArgumentExamples) -> dict[str, float]:
+    """On the dev requests: shares of requests all of whose optional arguments are told right, by source, and others."""
+    batches = _Batches(read, examples)
+    dev = [n for n, one in enumerate(examples.requests) if one.split == "dev"]
+    right: dict[str, list[bool]] = defaultdict(list)
+    for begin in range(0, len(dev), 64):
+        drawn = [_plain(examples, index) for index in dev[begin : begin + 64]]
+        values, present, listed, given, stands = batches(head, drawn)
+        tokens, logits = head.reader(values, present, listed)
+        told = (logits > 0) == (given > 0)
+        optional = listed.present & ~listed.required
+        for row, one in enumerate(drawn):
+            if optional[row].any():
+                source = examples.requests[one.index].source
+                right[f"all_{source}"].append(bool(told[row][optional[row]].all()))
+        right["each"] += told[optional].tolist()
+        known = stands != UNKNOWN
+        right["token"] += (tokens.argmax(dim=-1) == stands)[known].tolist()
+    return {name: round(sum(values) / len(values), 4) for name, values in sorted(right.items()) if values}

@@ -1,0 +1,252 @@
+"""The argument head: what it learns from, that it learns, and that calls are held to what it finds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loragen_agents.adapter.argument_reader import ArgumentKind, kept_values
+from loragen_agents.adapter.registry_weights import RegistryWeights
+from loragen_agents.conversation.prompts import Turn
+from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.data.records import DataSet
+from loragen_agents.edge.held_arguments import held_arguments, narrowed
+from loragen_agents.edge.specialized import SpecializedLM, merged_decoder
+from loragen_agents.errors import DataError
+from loragen_agents.generator import GeneratorConfig, LoRAGenerator
+from loragen_agents.generator.argument_head import argument_kinds, read_arguments, read_values, value_width
+from loragen_agents.generator.tool_texts import argument_texts
+from loragen_agents.models.language_models import LanguageModel, load_language_model
+from loragen_agents.registry import Tool, ToolRegistry
+from loragen_agents.training.argument_examples import NONE, UNKNOWN, build_argument_examples, token_labels
+from loragen_agents.training.argument_recipe import ArgumentRecipe
+from loragen_agents.training.argument_trainer import train_argument_head
+from loragen_agents.training.recipe import load_recipe
+from tests.tiny_models import save_tiny_model
+from tests.unit.test_trainer import GENERATOR, data
+
+SETTINGS: dict[str, Any] = {"argument_layers": 1, "argument_width": 16, "joined": 20, "steps": 120, "dropout": 0.0}
+
+
+def schema(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+TEXT = {"type": "string"}
+TABLE = Tool(
+    name="book_table",
+    description="Book a table in a restaurant.",
+    parameters=schema(
+        ("place",),
+        place=TEXT,
+        people={"type": "integer"},
+        day={"enum": ["today", "tomorrow"]},
+        quiet={"type": "boolean"},
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny edge LM and a generator for it with a tool head."""
+    folder = tmp_path_factory.mktemp("argument_head")
+    edge = str(save_tiny_model(folder / "edge"))
+    model = load_language_model(edge, dtype="float32")
+    torch.manual_seed(0)
+    generator = LoRAGenerator(GeneratorConfig(**GENERATOR, head_layers=2, head_width=4), None, model)
+    return edge, str(generator.save(folder / "generator"))
+
+
+def trained(start: tuple[str, str], folder: Path, given: DataSet | None = None, **changes: Any) -> Path:
+    edge, generator = start
+    settings = {**SETTINGS, "cloud": edge, "edge": edge, "dtype": "float32", "start_from": generator}
+    recipe = ArgumentRecipe.model_validate(settings | changes)
+    return train_argument_head(recipe, folder, data=given or data())
+
+
+def labels(text: str, tool: Tool, **arguments: Any) -> dict[int, str]:
+    """What the tokens of a request stand for, as the text of each label."""
+    renderer = shared_renderer(load_language_model(EDGE[0]).tokenizer)
+    ids, stands = token_labels(renderer, Turn(text), tool, arguments)
+    _, prompt, starts = renderer.user_turn_with_starts([Turn(text)])
+    ends = [*starts[1:], len(prompt)]
+    found: dict[int, str] = {}
+    for label, first, last in zip(stands, starts, ends, strict=True):
+        found[label] = found.get(label, "") + prompt[first:last]
+    assert len(ids) == len(stands)
+    return found
+
+
+EDGE: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _edge(start: tuple[str, str]) -> None:
+    EDGE[:] = [start[0]]
+
+
+def test_tokens_of_a_value_stand_for_its_argument_and_others_for_none() -> None:
+    found = labels("a table in Rome for 4", TABLE, place="Rome", people=4)
+    assert "Rome" in found[1] and "table" not in found[1]
+    assert "4" in found[2] and "table" in found[NONE]
+
+
+def test_where_a_value_is_not_in_the_request_nobody_knows_what_others_stand_for() -> None:
+    found = labels("a quiet table in Rome", TABLE, place="Rome", quiet=True)
+    assert "Rome" in found[1] and NONE not in found and "quiet" in found[UNKNOWN]
+
+
+def test_a_value_inside_a_longer_word_is_no_place_of_it() -> None:
+    found = labels("in Romeo's town for 4", TABLE, place="Rome", people=4)
+    assert 1 not in found and "4" in found[2]
+
+
+def test_each_argument_is_read_where_it_is_named() -> None:
+    names = [f"detail_{number}" for number in range(11)]
+    many = Tool(name="t", description="Do it.", parameters=schema(**dict.fromkeys(names, TEXT)))
+    read = [text[begin:end] for text, places in argument_texts(many) for begin, end in places]
+    assert read == [name.replace("_", " ") for name in names]
+
+
+def test_kinds_are_those_of_the_values() -> None:
+    kinds = [ArgumentKind.TEXT, ArgumentKind.NUMBER, ArgumentKind.CHOICE, ArgumentKind.BOOLEAN]
+    assert argument_kinds(TABLE) == kinds
+    several = schema(a={"anyOf": [{"type": "integer"}, {"type": "null"}]}, b={"type": ["string", "number"]}, c=True)
+    tool = Tool(name="t", description="Do it.", parameters=several)
+    assert argument_kinds(tool) == [ArgumentKind.NUMBER, ArgumentKind.OTHER, ArgumentKind.OTHER]
+
+
+def test_values_are_the_same_in_batches_and_in_the_decoders_cache(start: tuple[str, str]) -> None:
+    edge = load_language_model(start[0], dtype="float32")
+    renderer = shared_renderer(edge.tokenizer)
+    rows = [renderer.user_turn([Turn(text)]) for text in ("trains", "money in Rome on Friday", "music?")]
+    layers = [0, 1]
+    for row, values in zip(rows, read_values(edge.model, layers, rows, max_tokens=64), strict=True):
+        assert values.shape == (len(row), len(layers) * value_width(edge.model))
+        states = merged_decoder(edge, None).read(row).states
+        assert torch.allclose(values, kept_values(states.layers, layers), atol=1e-5)
+
+
+def test_tools_do_not_depend_on_each_other_when_they_are_read(start: tuple[str, str]) -> None:
+    edge = load_language_model(start[0], dtype="float32")
+    renderer = shared_renderer(edge.tokenizer)
+    other = Tool(name="stop", description="Stop.", parameters=schema())
+    alone = read_arguments(edge.model, renderer, [TABLE], [0])[0]
+    together = read_arguments(edge.model, renderer, [other, TABLE], [0])
+    assert together[0].shape == (0, alone.shape[1]) and torch.allclose(alone, together[1], atol=1e-5)
+
+
+def test_it_learns_which_arguments_a_request_gives(start: tuple[str, str], tmp_path: Path) -> None:
+    edge = load_language_model(start[0], dtype="float32")
+    generator = LoRAGenerator.load(trained(start, tmp_path), None, edge)
+    assert generator.notes["argument_head"]["all_t"] >= 0.8  # half of the requests name a day
+    registry = ToolRegistry(
+        [Tool(name=t.name, description=t.description, parameters=t.parameters) for t in data().tools.values()]
+    )
+    parts = generator.generate_parts("", registry)
+    keys = parts.arguments("find_plants")
+    assert keys is not None and keys is parts.arguments("find_plants")
+
+    def given(request: str) -> float:
+        states = (
+            merged_decoder(edge, parts.shared).read(shared_renderer(edge.tokenizer).user_turn([Turn(request)])).states
+        )
+        return keys.given(kept_values(states.layers, keys.reader.layers))["day"]
+
+    assert given("plants in Bern on Sunday?") > given("plants in Bern?")
+
+
+def test_it_goes_on_from_what_was_read(start: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = trained(start, tmp_path, steps=3)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a request is read again")
+
+    monkeypatch.setattr("loragen_agents.training.argument_trainer.read_values", refuse)
+    assert trained(start, tmp_path, steps=3) == first
+
+
+def test_the_other_parts_of_the_generator_stay(start: tuple[str, str], tmp_path: Path) -> None:
+    edge = load_language_model(start[0], dtype="float32")
+    before, after = (LoRAGenerator.load(one, None, edge) for one in (start[1], trained(start, tmp_path, steps=2)))
+    own = after.own_tensors()
+    for name, tensor in before.own_tensors().items():
+        assert torch.equal(own[name], tensor.to(torch.bfloat16).float() if tensor.dim() > 1 else tensor), name
+
+
+def test_its_recipe_ships_and_asks_for_data() -> None:
+    recipe = load_recipe("argument_head")
+    assert isinstance(recipe, ArgumentRecipe)
+    with pytest.raises(DataError, match="--data"):
+        train_argument_head(recipe, "unused")
+
+
+def test_requests_with_two_calls_joined_have_the_arguments_of_the_one_that_is_due(start: tuple[str, str]) -> None:
+    renderer = shared_renderer(load_language_model(start[0]).tokenizer)
+    made = build_argument_examples(data(), renderer, ArgumentRecipe(joined=40))
+    plain = sum(one.split == "train" for one in made.requests) - 24
+    assert len(made.requests) > 32 and plain > 0
+    for one in made.requests:
+        stood = {label for label in one.stands if label > 0}
+        assert stood <= {1 + n for n, given in enumerate(one.given) if given}
+
+
+# Holding calls to what was found
+
+
+def test_what_is_sure_is_demanded_or_refused_and_required_arguments_stay() -> None:
+    demanded, refused = held_arguments(TABLE, {"place": 0.0, "people": 0.99, "day": 0.01, "quiet": 0.02})
+    assert demanded == {"people"} and refused == {"day", "quiet"}
+    parameters = narrowed(TABLE, demanded, refused).parameters
+    assert list(parameters["properties"]) == ["place", "people"] and parameters["required"] == ["place", "people"]
+    assert TABLE.argument_names == ("place", "people", "day", "quiet")
+
+
+def test_schemas_whose_other_keywords_speak_of_arguments_are_left_as_they_are() -> None:
+    either = {**TABLE.parameters, "anyOf": [{"required": ["people"]}, {"required": ["day"]}]}
+    tool = TABLE.model_copy(update={"parameters": either})
+    assert held_arguments(tool, {"people": 0.0, "day": 0.0}) == (frozenset(), frozenset())
+
+
+class _Keys:
+    """Stands for the keys of a tool whose reader finds what a test says."""
+
+    def __init__(self, **given: float) -> None:
+        self._given, self.reader = given, self
+        self.layers = (0,)
+
+    def given(self, values: torch.Tensor) -> dict[str, float]:
+        return self._given
+
+
+@pytest.mark.parametrize("input_format", ["json", "csv"])
+@pytest.mark.parametrize("choice", ["auto", "book_table"])
+def test_calls_are_held_to_what_the_reader_finds(start: tuple[str, str], choice: str, input_format: Any) -> None:
+    edge: LanguageModel = load_language_model(start[0], dtype="float32")
+    registry = ToolRegistry([TABLE], input_format=input_format)
+    made = LoRAGenerator.load(start[1], None, edge).generate_parts("", registry)
+    found: Any = _Keys(place=0.9, people=0.9, day=0.1, quiet=0.1)
+    special = SpecializedLM(
+        edge, RegistryWeights(made.shared, made.keys, made.combined, None, lambda _: found), registry
+    )
+    turns = [Turn("a table for 4 in Rome")]
+    grammar = special.score(special.renderer.user_turn(turns), "any", opening=True).grammar
+    if choice != "auto":
+        grammar = special._unscored(special.renderer.user_turn(turns), choice, None).grammar
+    written = '{"place": "a", "people": 4}'
+    refused = ['{"place": "a"}', '{"place": "a", "people": 4, "day": "today"}']
+    if input_format == "csv":
+        # Arguments are told by their place there, so they stay as they are.
+        assert _takes(grammar, "a, 4, today") and _takes(grammar, "a")
+    else:
+        assert _takes(grammar, written) and not any(_takes(grammar, text) for text in refused)
+
+
+def _takes(grammar: Any, action_input: str) -> bool:
+    matcher = grammar.matcher()
+    tokenizer = grammar.tokenizer
+    ids = shared_renderer(tokenizer).encode_text(
+        f" Yes\nAction: book_table\nAction Input: {action_input}\nObservation:"
+    )
+    return bool(matcher._matcher.try_consume_tokens(ids) == len(ids))
