@@ -12,7 +12,7 @@ from typing import Any
 
 from loragen_agents.conversation.prompts import PromptRenderer, TakenStep, Turn
 from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord, repair
-from loragen_agents.data.wording import joined_request, tool_result
+from loragen_agents.data.wording import final_answer, joined_request, tool_result
 from loragen_agents.errors import ArgumentError
 from loragen_agents.registry import Tool
 from loragen_agents.registry.arguments import format_action_input
@@ -52,69 +52,88 @@ class ArgumentExamples:
 
 
 def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: ArgumentRecipe) -> ArgumentExamples:
-    """Choose requests with one call for each tool, and join some of them in pairs."""
+    """Choose requests of each tool, join some in pairs, and put an earlier turn before others.
+
+    Of a request with several calls one is due, drawn at random, behind the steps of those before it.
+    """
     rng, data = random.Random(f"argument head/{recipe.seed}"), repair(data)
-    by_tool: dict[tuple[str, Split], dict[str, list[CallRecord]]] = defaultdict(lambda: defaultdict(list))
+    due: dict[tuple[str, Split], dict[str, list[tuple[CallRecord, int]]]] = defaultdict(lambda: defaultdict(list))
     for record in data.calls:
-        one_call = len(record.calls) == 1 and len(record.query) <= recipe.max_characters
-        if one_call and data.tools[record.calls[0].tool].properties:
-            by_tool[record.source, record.split][record.calls[0].tool].append(record)
-    chosen: dict[tuple[str, Split], list[CallRecord]] = {}
-    for key, own in sorted(by_tool.items()):
+        if record.calls and len(record.query) <= recipe.max_characters:
+            number = rng.randrange(len(record.calls))
+            if data.tools[record.calls[number].tool].properties:
+                due[record.source, record.split][record.calls[number].tool].append((record, number))
+    chosen: dict[tuple[str, Split], list[tuple[CallRecord, int]]] = {}
+    for key, own in sorted(due.items()):
         rows = [row for _, rows in sorted(own.items()) for row in rng.sample(rows, min(recipe.requests, len(rows)))]
         chosen[key] = rng.sample(rows, min(recipe.of_source, len(rows)))
-    names = sorted({row.calls[0].tool for rows in chosen.values() for row in rows})
-    place = {name: index for index, name in enumerate(names)}
-    tools = {name: _tool(data.tools[name]) for name in names}
-    made = []
+    called = {call.tool for rows in chosen.values() for row, _ in rows for call in row.calls}
+    tools = {name: _tool(data.tools[name]) for name in sorted(called)}
+    place = {name: index for index, name in enumerate(tools)}
+    made: list[ArgumentExample] = []
 
-    def add(turn: Turn, call: Call, row: CallRecord) -> None:
+    def add(turns: Sequence[Turn], call: Call, row: CallRecord) -> None:
         tool = tools[call.tool]
-        ids, stands = token_labels(renderer, turn, tool, call.arguments)
+        ids, stands = token_labels(renderer, turns, tool, call.arguments)
         given = tuple(name in call.arguments for name in tool.argument_names)
         made.append(ArgumentExample(ids, stands, place[call.tool], given, row.source, row.split))
 
     for rows in chosen.values():
-        for row in rows:
-            add(Turn(row.query), row.calls[0], row)
-    train = [rows for (_, split), rows in chosen.items() if split == "train" and len(rows) > 1]
-    for _ in range(recipe.joined if train else 0):
-        first, second = rng.sample(rng.choice(train), 2)
-        turn = Turn(joined_request(first.query, second.query, rng))
-        if first.calls[0].tool == second.calls[0].tool:
-            continue
-        if rng.random() < 0.5:
-            add(turn, first.calls[0], first)
-        elif (step := _step(tools[first.calls[0].tool], first.calls[0].arguments, rng)) is not None:
-            add(Turn(turn.request, (step,)), second.calls[0], second)
-    return ArgumentExamples([tools[name] for name in names], [data.tools[name].source for name in names], made)
+        for row, number in rows:
+            if (steps := _steps(tools, row.calls[:number], rng)) is not None:
+                add([Turn(row.query, steps)], row.calls[number], row)
+    single = [
+        [row for row, _ in rows if len(row.calls) == 1] for (_, split), rows in chosen.items() if split == "train"
+    ]
+    single = [rows for rows in single if len(rows) > 1]
+    for _ in range(recipe.joined if single else 0):
+        first, second = rng.sample(rng.choice(single), 2)
+        request = joined_request(first.query, second.query, rng)
+        steps = _steps(tools, first.calls, rng)
+        if first.calls[0].tool != second.calls[0].tool and steps is not None:
+            taken, row = rng.choice([((), first), (steps, second)])
+            add([Turn(request, taken)], row.calls[0], row)
+    for _ in range(recipe.earlier if single else 0):
+        first, second = rng.sample(rng.choice(single), 2)
+        if (steps := _steps(tools, first.calls, rng)) is not None:
+            answer = final_answer([step.observation for step in steps], False, rng)
+            add([Turn(first.query, steps, answer), Turn(second.query)], second.calls[0], second)
+    return ArgumentExamples(list(tools.values()), [data.tools[name].source for name in tools], made)
 
 
 def _tool(record: ToolRecord) -> Tool:
     return Tool(name=record.name, description=record.description, parameters=record.parameters)
 
 
-def _step(tool: Tool, arguments: Mapping[str, Any], rng: random.Random) -> TakenStep | None:
-    try:
-        written = format_action_input(tool, dict(arguments), "json")
-    except ArgumentError:
-        return None
-    return TakenStep(tool.name, written, tool_result(tool.name, tool.description, dict(arguments), rng))
+def _steps(tools: Mapping[str, Tool], calls: Sequence[Call], rng: random.Random) -> tuple[TakenStep, ...] | None:
+    """The steps that take these calls; None where one can't be written."""
+    steps = []
+    for call in calls:
+        tool, arguments = tools[call.tool], dict(call.arguments)
+        try:
+            written = format_action_input(tool, arguments, "json")
+        except ArgumentError:
+            return None
+        steps.append(TakenStep(tool.name, written, tool_result(tool.name, tool.description, arguments, rng)))
+    return tuple(steps)
 
 
 def token_labels(
-    renderer: PromptRenderer, turn: Turn, tool: Tool, arguments: Mapping[str, Any]
+    renderer: PromptRenderer, turns: Sequence[Turn], tool: Tool, arguments: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
-    """Tokens of an open turn's prompt, and what each stands for, as in `ArgumentExample`.
+    """Tokens of an open conversation's prompt, and what each stands for, as in `ArgumentExample`.
 
-    A value is looked for as it is written, case aside; its first place counts, and others are unknown. Where a value
-    is not found, as one that was converted, nobody knows of the other tokens whether they stand for it.
+    A value is looked for in the last request as it is written, case aside; its first place counts, and others are
+    unknown. Where a value is not found, as one that was converted, nobody knows of the other tokens whether they stand
+    for it.
     """
-    ids, text, starts = renderer.user_turn_with_starts([turn])
-    begin = max(text.find(turn.request), 0)
-    end = begin + len(turn.request)
+    ids, text, starts = renderer.user_turn_with_starts(turns)
+    request = turns[-1].request
+    # Steps behind the request may hold its words again.
+    begin = renderer.user_turn_text([*turns[:-1], Turn(request)]).rfind(request)
+    end = begin + len(request)
     folded = text.casefold()
-    if len(folded) != len(text):
+    if begin < 0 or len(folded) != len(text):
         return ids, [UNKNOWN] * len(ids)
     found: list[tuple[int, int, int]] = []  # begin, end, label
     whole = True

@@ -23,6 +23,7 @@ class ArgumentRecipe(BaseModel):
     requests: int = Field(16, ge=1, description="requests of each tool, at most")
     of_source: int = Field(2000, ge=1, description="requests of each source, at most")
     joined: int = Field(600, ge=0, description="pairs of requests in one, with the first or the second call due")
+    earlier: int = Field(600, ge=0, description="requests behind a turn that was dealt with")
     max_characters: int = Field(400, ge=10, description="longer requests are left out")
     steps: int = Field(1200, ge=1)
     step_requests: int = Field(48, ge=1, description="requests of a step, each with the tool that it calls")

@@ -26,7 +26,8 @@ from loragen_agents.training.recipe import load_recipe
 from tests.tiny_models import save_tiny_model
 from tests.unit.test_trainer import GENERATOR, data
 
-SETTINGS: dict[str, Any] = {"argument_layers": 1, "argument_width": 16, "joined": 20, "steps": 120, "dropout": 0.0}
+SETTINGS: dict[str, Any] = {"argument_layers": 1, "argument_width": 16, "joined": 10, "earlier": 5}
+SETTINGS |= {"steps": 120, "dropout": 0.0}
 
 
 def schema(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def trained(start: tuple[str, str], folder: Path, given: DataSet | None = None, 
 def labels(text: str, tool: Tool, **arguments: Any) -> dict[int, str]:
     """What the tokens of a request stand for, as the text of each label."""
     renderer = shared_renderer(load_language_model(EDGE[0]).tokenizer)
-    ids, stands = token_labels(renderer, Turn(text), tool, arguments)
+    ids, stands = token_labels(renderer, [Turn(text)], tool, arguments)
     _, prompt, starts = renderer.user_turn_with_starts([Turn(text)])
     ends = [*starts[1:], len(prompt)]
     found: dict[int, str] = {}
@@ -104,7 +105,7 @@ def test_a_value_inside_a_longer_word_is_no_place_of_it() -> None:
 
 def test_each_argument_is_read_where_it_is_named() -> None:
     names = [f"detail_{number}" for number in range(11)]
-    many = Tool(name="t", description="Do it.", parameters=schema(**dict.fromkeys(names, TEXT)))
+    many = Tool(name="t", description="Do it.", parameters=schema((), **dict.fromkeys(names, TEXT)))
     read = [text[begin:end] for text, places in argument_texts(many) for begin, end in places]
     assert read == [name.replace("_", " ") for name in names]
 
@@ -182,14 +183,21 @@ def test_its_recipe_ships_and_asks_for_data() -> None:
         train_argument_head(recipe, "unused")
 
 
-def test_requests_with_two_calls_joined_have_the_arguments_of_the_one_that_is_due(start: tuple[str, str]) -> None:
+def test_only_words_of_the_open_request_stand_for_the_arguments_of_the_call_that_is_due(start: tuple[str, str]) -> None:
     renderer = shared_renderer(load_language_model(start[0]).tokenizer)
-    made = build_argument_examples(data(), renderer, ArgumentRecipe(joined=40))
-    plain = sum(one.split == "train" for one in made.requests) - 24
-    assert len(made.requests) > 32 and plain > 0
-    for one in made.requests:
-        stood = {label for label in one.stands if label > 0}
-        assert stood <= {1 + n for n, given in enumerate(one.given) if given}
+    plain = build_argument_examples(
+        data(), renderer, ArgumentRecipe.model_validate({"joined": 0, "earlier": 0})
+    ).requests
+    longest = max(len(one.ids) for one in plain)
+    for changes in ({"joined": 30, "earlier": 0}, {"joined": 0, "earlier": 30}):
+        made = build_argument_examples(data(), renderer, ArgumentRecipe.model_validate(changes)).requests[len(plain) :]
+        assert len(made) > 10 and max(len(one.ids) for one in made) > longest
+        for one in made:
+            stood = {label for label in one.stands if label > 0}
+            assert stood == {1 + n for n, given in enumerate(one.given) if given}
+        if changes["earlier"]:
+            # Earlier turns hold values of their own, in the first half of the prompt.
+            assert all(max(one.stands[: len(one.ids) // 3]) <= 0 for one in made)
 
 
 # Holding calls to what was found

@@ -113,6 +113,7 @@ def test_an_archive_decodes_as_what_was_packed(made, edge):
     assert texts(read) == texts(made)
     if made.parts.keys is not None:
         ours, theirs = made.parts.arguments("drop"), read.parts.arguments("drop")
+        assert ours is not None and theirs is not None
         values = torch.randn(5, ours.reader.mean.numel())
         assert theirs.given(values) == pytest.approx(ours.given(values)) and set(ours.names) == {"number", "loud"}
 
