@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loragen_agents.conversation.prompts import PromptRenderer, TakenStep, Turn
+from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord, repair
-from loragen_agents.data.wording import final_answer, joined_request, tool_result
-from loragen_agents.errors import ArgumentError
+from loragen_agents.data.wording import final_answer, joined_request
 from loragen_agents.registry import Tool
-from loragen_agents.registry.arguments import format_action_input
 from loragen_agents.training.argument_recipe import ArgumentRecipe
+from loragen_agents.training.head_examples import taken_steps
 
 # What a token stands for: none of the arguments; or nobody knows.
 NONE, UNKNOWN = 0, -100
@@ -80,7 +79,7 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
 
     for rows in chosen.values():
         for row, number in rows:
-            if (steps := _steps(tools, row.calls[:number], rng)) is not None:
+            if (steps := taken_steps(tools, row.calls[:number], rng)) is not None:
                 add([Turn(row.query, steps)], row.calls[number], row)
     single = [
         [row for row, _ in rows if len(row.calls) == 1] for (_, split), rows in chosen.items() if split == "train"
@@ -89,13 +88,13 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
     for _ in range(recipe.joined if single else 0):
         first, second = rng.sample(rng.choice(single), 2)
         request = joined_request(first.query, second.query, rng)
-        steps = _steps(tools, first.calls, rng)
+        steps = taken_steps(tools, first.calls, rng)
         if first.calls[0].tool != second.calls[0].tool and steps is not None:
             taken, row = rng.choice([((), first), (steps, second)])
             add([Turn(request, taken)], row.calls[0], row)
     for _ in range(recipe.earlier if single else 0):
         first, second = rng.sample(rng.choice(single), 2)
-        if (steps := _steps(tools, first.calls, rng)) is not None:
+        if (steps := taken_steps(tools, first.calls, rng)) is not None:
             answer = final_answer([step.observation for step in steps], False, rng)
             add([Turn(first.query, steps, answer), Turn(second.query)], second.calls[0], second)
     return ArgumentExamples(list(tools.values()), [data.tools[name].source for name in tools], made)
@@ -103,19 +102,6 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
 
 def _tool(record: ToolRecord) -> Tool:
     return Tool(name=record.name, description=record.description, parameters=record.parameters)
-
-
-def _steps(tools: Mapping[str, Tool], calls: Sequence[Call], rng: random.Random) -> tuple[TakenStep, ...] | None:
-    """The steps that take these calls; None where one can't be written."""
-    steps = []
-    for call in calls:
-        tool, arguments = tools[call.tool], dict(call.arguments)
-        try:
-            written = format_action_input(tool, arguments, "json")
-        except ArgumentError:
-            return None
-        steps.append(TakenStep(tool.name, written, tool_result(tool.name, tool.description, arguments, rng)))
-    return tuple(steps)
 
 
 def token_labels(

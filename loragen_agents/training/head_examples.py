@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.data.augmentation import STYLES, invented_name
-from loragen_agents.data.records import CallRecord, DataSet, Split, ToolRecord
+from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord
 from loragen_agents.data.wording import joined_request, small_talk, tool_result
+from loragen_agents.errors import ArgumentError
 from loragen_agents.generator.tool_texts import TextKind, as_request, in_words, request_texts
 from loragen_agents.registry import Tool
 from loragen_agents.registry.arguments import format_action_input
@@ -120,11 +121,25 @@ def _later(
             if second.calls[0].tool != calls[0].tool:
                 request, calls = joined_request(first.query, second.query, rng), [*calls, *second.calls]
         taken = rng.choice([1, 1, len(calls), len(calls), rng.randint(0, len(calls))]) if calls else 0
-        steps = []
-        for call in calls[:taken]:
-            record = tools[call.tool]
-            tool = Tool(name=record.name, description=record.description, parameters=record.parameters)
-            result = tool_result(record.name, record.description, call.arguments, rng)
-            steps.append(TakenStep(tool.name, format_action_input(tool, call.arguments, "json"), result))
-        found.append((Turn(request, tuple(steps)), [call.tool for call in calls[taken:]], first))
+        own = {call.tool: _tool(tools[call.tool]) for call in calls[:taken]}
+        steps = taken_steps(own, calls[:taken], rng)
+        if steps is not None:
+            found.append((Turn(request, steps), [call.tool for call in calls[taken:]], first))
     return found
+
+
+def taken_steps(tools: Mapping[str, Tool], calls: Sequence[Call], rng: random.Random) -> tuple[TakenStep, ...] | None:
+    """The steps that take these calls, with a made-up result each; None where one can't be written."""
+    steps = []
+    for call in calls:
+        tool, arguments = tools[call.tool], dict(call.arguments)
+        try:
+            written = format_action_input(tool, arguments, "json")
+        except ArgumentError:
+            return None
+        steps.append(TakenStep(tool.name, written, tool_result(tool.name, tool.description, arguments, rng)))
+    return tuple(steps)
+
+
+def _tool(record: ToolRecord) -> Tool:
+    return Tool(name=record.name, description=record.description, parameters=record.parameters)
