@@ -51,6 +51,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, data: str) -> ScalarNode:
+        # PyYAML writes U+0085 between single quotes as it is, and reads it there as a line break like any other. Double
+        # quotes escape it; U+2028 and U+2029 as well, which YAML 1.2 doesn't break lines at and PyYAML does.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, '"' if _BREAKS.search(data) else None)
+
+
+_BREAKS = re.compile("[\x85\u2028\u2029]")
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 # A number with a leading zero, such as a code, stays text: YAML 1.1 and 1.2 read it differently.
 for _tag, _pattern, _first in (
