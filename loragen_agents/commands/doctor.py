@@ -163,7 +163,7 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from loragen_agents.models.language_models import choose_dtype
+    from loragen_agents.models.language_models import default_dtype
 
     memory = psutil.virtual_memory()
     return {
@@ -173,7 +173,7 @@ def _machine() -> dict[str, Any]:
         "memory_gb": round(memory.total / 1e9, 1),
         "memory_free_gb": round(memory.available / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "cpu_dtype": str(choose_dtype(torch.device("cpu"), 0)).removeprefix("torch."),
+        "cpu_dtype": str(default_dtype(torch.device("cpu"), 0)).removeprefix("torch."),
         "pip": importlib.util.find_spec("pip") is not None,
         "interpreter": sys.executable,
     }

@@ -73,7 +73,7 @@ def load_language_model(
     name: a known name (`loragen-agents models list`), a folder with safetensors, a GGUF file, one of its `.partNN`
         files or the list of its parts in order, or `owner/model` on the Hub (`@revision` behind it, if wanted).
     device: "auto" takes the first CUDA GPU, else the CPU; else a torch device ("cpu", "cuda:1", "mps").
-    dtype: "bfloat16", "float16", "float32", or "auto": what LORAGEN_AGENTS_DTYPE says, else as in `choose_dtype`.
+    dtype: "bfloat16", "float16", "float32", or "auto" (see `default_dtype`).
     cache_dir: folder of the conversions, in place of `cache_folder()`.
     progress: called with each step and the part of it that is done. Without it the steps are drawn on the terminal.
 
@@ -90,8 +90,18 @@ def load_language_model(
             return _load(stored, chosen_device, _dtype(dtype, chosen_device, stored.folder))
 
 
+def default_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
+    """The dtype that `dtype="auto"` stands for: what LORAGEN_AGENTS_DTYPE says, else as in `choose_dtype`.
+
+    Raises:
+        ModelLoadError: LORAGEN_AGENTS_DTYPE names no dtype.
+    """
+    said = os.environ.get(DTYPE_VARIABLE, "").strip() or "auto"
+    return choose_dtype(device, stored_bytes) if said == "auto" else _named_dtype(said, DTYPE_VARIABLE)
+
+
 def choose_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
-    """The dtype that `dtype="auto"` stands for where LORAGEN_AGENTS_DTYPE is not set.
+    """The dtype that this machine is fast in.
 
     GPU: bf16 where the hardware has it, else float32 (float16 overflows in Gemma's activations).
 
@@ -188,11 +198,12 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    said = "dtype"
     if dtype == "auto":
-        said, dtype = DTYPE_VARIABLE, os.environ.get(DTYPE_VARIABLE, "").strip() or "auto"
-    if dtype == "auto":
-        return choose_dtype(device, sum(path.stat().st_size for path in weight_files(folder)))
-    if dtype not in _DTYPES:
-        raise ModelLoadError(f"{said} is {dtype!r}: expected auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+        return default_dtype(device, sum(path.stat().st_size for path in weight_files(folder)))
+    return _named_dtype(dtype, "dtype")
+
+
+def _named_dtype(name: str, said_by: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ModelLoadError(f"{said_by} is {name!r}: expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
