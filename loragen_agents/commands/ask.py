@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_edge, load_parts, read_tools
+from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_edge, load_parts, load_registry
 
 NAME = "ask"
 HELP = "ask a model that is specialised on a tool registry, and show its step"
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.support.console import print_json
     from loragen_agents.support.progress import shown, silent
 
-    registry = read_tools(arguments.tools)
+    registry = load_registry(arguments.tools)
     settings = {name: getattr(arguments, name) for name in ("tool_choice", "max_tokens", "temperature", "seed")}
     settings["grammar"] = not arguments.no_grammar
     chat = LoRAGenChatModel(tools=registry, grammar=False)

@@ -49,7 +49,7 @@ def output_folder(text: str) -> Path:
     return Path(text)
 
 
-def read_tools(given: str) -> "ToolRegistry":
+def load_registry(given: str) -> "ToolRegistry":
     """The registry of a file, or of the shipped file of that name (`gpt4tools_seen`).
 
     Raises:

@@ -7,8 +7,8 @@ from loragen_agents.commands.options import (
     UNTRAINED,
     add_specialization_options,
     load_parts,
+    load_registry,
     output_folder,
-    read_tools,
 )
 
 NAME = "specialize"
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.support.console import print_json, say
     from loragen_agents.support.progress import shown, silent
 
-    registry = read_tools(arguments.tools)
+    registry = load_registry(arguments.tools)
     with shown(silent if arguments.json else None) as progress:
         edge, cloud, generator = load_parts(arguments, progress)
         progress("Specialising", None)

@@ -165,7 +165,7 @@ def call_from_row(row: Any) -> CallRecord:
     return CallRecord(_text(row, "query"), tuple(steps), _text(row, "source"), _split(row))
 
 
-def read_tools(path: Path | str) -> dict[str, ToolRecord]:
+def read_tool_records(path: Path | str) -> dict[str, ToolRecord]:
     """Read a `tools.jsonl`; the result is keyed by tool id, in file order.
 
     Raises:
@@ -184,7 +184,7 @@ def read_tools(path: Path | str) -> dict[str, ToolRecord]:
     return tools
 
 
-def read_calls(path: Path | str, tools: Mapping[str, ToolRecord] | None = None) -> list[CallRecord]:
+def read_call_records(path: Path | str, tools: Mapping[str, ToolRecord] | None = None) -> list[CallRecord]:
     """Read a `calls_*.jsonl`.
 
     Args:
@@ -230,11 +230,11 @@ def load_data(*folders: Path | str) -> DataSet:
     for folder in map(Path, folders):
         tools: dict[str, ToolRecord] = {}
         for path in sorted(folder.glob("tools_*.jsonl")) or [folder / "tools.jsonl"]:
-            tools |= read_tools(path)
+            tools |= read_tool_records(path)
         files = sorted(folder.glob("calls_*.jsonl"))
         if not files:
             raise DataError(f"{folder}: no calls_*.jsonl beside tools.jsonl; build it with `loragen-agents data build`")
-        calls = [record for file in files for record in read_calls(file, tools)]
+        calls = [record for file in files for record in read_call_records(file, tools)]
         data = data + DataSet(tools, tuple(calls), _alike(folder / "near_duplicates.json"))
     return _held_out(data)
 

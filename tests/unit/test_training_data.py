@@ -14,8 +14,8 @@ from loragen_agents.data.records import (
     ToolRecord,
     fits_type,
     load_data,
-    read_calls,
-    read_tools,
+    read_call_records,
+    read_tool_records,
     repair,
     states,
     write_data,
@@ -85,7 +85,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_a_damaged_tool_is_named_by_file_and_row(tmp_path, row, complaint):
     path = write_lines(tmp_path / "tools.jsonl", TOOL, "", row)
     with pytest.raises(DataError) as error:
-        read_tools(path)
+        read_tool_records(path)
     assert f"{path}, row 3: " in str(error.value)
     assert complaint in str(error.value)
 
@@ -105,10 +105,10 @@ def test_a_damaged_tool_is_named_by_file_and_row(tmp_path, row, complaint):
     ],
 )
 def test_a_damaged_request_is_named_by_file_and_row(tmp_path, row, complaint):
-    tools = read_tools(write_lines(tmp_path / "tools.jsonl", TOOL))
+    tools = read_tool_records(write_lines(tmp_path / "tools.jsonl", TOOL))
     path = write_lines(tmp_path / "calls_train.jsonl", CALL, row)
     with pytest.raises(DataError) as error:
-        read_calls(path, tools)
+        read_call_records(path, tools)
     assert f"{path}, row 2: " in str(error.value)
     assert complaint in str(error.value)
 
@@ -121,7 +121,7 @@ def test_missing_files_and_other_encodings_are_named(tmp_path):
         load_data(tmp_path)
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(DataError, match="not UTF-8 text"):
-        read_tools(path)
+        read_tool_records(path)
 
 
 def test_two_data_sets_join_unless_they_define_a_tool_differently():
