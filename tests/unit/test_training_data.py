@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 
 from loragen_agents.cli import main
+from loragen_agents.data.argument_values import fits_type, states
 from loragen_agents.data.records import (
     Call,
     CallRecord,
     DataSet,
     ToolRecord,
-    fits_type,
     load_data,
     read_call_records,
     read_tool_records,
     repair,
-    states,
     write_data,
 )
 from loragen_agents.errors import DataError
