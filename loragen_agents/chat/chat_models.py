@@ -76,9 +76,17 @@ class LoRAGenChatModel(ChatModelFields):
             print(chunk.text, end="")
         ```
 
-        `ainvoke`, `astream`, `batch` and `abatch` work as usual. Closing a stream, or cancelling the task that awaits
-        it, stops the decoding. Words stream as they are decoded; a tool call comes as one chunk, once all of it has
-        been checked.
+        `ainvoke` and `astream` work as usual. Closing a stream, or cancelling the task that awaits it, stops the
+        decoding. Words stream as they are decoded; a tool call comes as one chunk, once all of it has been checked.
+
+    Batch:
+        ```python
+        model.batch(["Name a river.", "Name a lake."], config={"max_concurrency": 2}, return_exceptions=True)
+        ```
+
+        `batch` and `abatch` invoke the model once for each input, `batch` in threads. So each input has its own
+        callbacks, trace, cache look-up, errors and figures. They are not decoded together: in 16-bit dtypes the last
+        bits of a sum depend on how many sequences a pass holds, and an answer must not depend on the other inputs.
 
     Tool calling:
         ```python
