@@ -30,7 +30,7 @@ from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.checkpoint import resolve
 from loragen_agents.models.fingerprints import file_sha256
-from loragen_agents.models.language_models import LanguageModel, load_language_model
+from loragen_agents.models.language_models import LanguageModel, load_cloud_model, load_language_model
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.specialize import specialize
 
@@ -267,11 +267,7 @@ class ModelEngine:
 
     def _cloud_model(self) -> LanguageModel:
         if self._cloud is None:
-            self._cloud = (
-                load_language_model(self._cloud_name, device=self._device, dtype=self._dtype)
-                if self._cloud_name
-                else self.edge
-            )
+            self._cloud = load_cloud_model(self._cloud_name, self.edge, device=self._device, dtype=self._dtype)
         return self._cloud
 
     def _generator(self, variant: Variant) -> LoRAGenerator:

@@ -6,7 +6,7 @@ from typing import Any
 from loragen_agents.commands.options import (
     UNTRAINED,
     add_specialization_options,
-    load_parts,
+    load_models,
     load_registry,
     output_folder,
 )
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     registry = load_registry(arguments.tools)
     with shown(silent if arguments.json else None) as progress:
-        edge, cloud, generator = load_parts(arguments, progress)
+        edge, cloud, generator = load_models(arguments, progress)
         progress("Specialising", None)
         # What this command reports is the work itself, so nothing comes from or goes to the cache.
         made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator, cache=False)

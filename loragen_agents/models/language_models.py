@@ -1,7 +1,7 @@
 """Language models, loaded: the embedded default, a Hub id, a folder or a GGUF file, on CPU or GPU.
 
-`load_language_model` serves both sides, cloud and edge. Where files come from and how they are kept is the business of
-`model_sources` and `model_cache`; nothing here knows of tools or LoRA. Code that ships with a model is never run.
+`load_language_model` serves both sides, cloud and edge. Where files come from is the business of `sources`, how they
+are kept that of `cache`; nothing here knows of tools or LoRA. Code that ships with a model is never run.
 """
 
 import os
@@ -23,7 +23,14 @@ from loragen_agents.models.fingerprints import weight_files
 from loragen_agents.models.sources import DEFAULT_MODEL
 from loragen_agents.support.progress import Progress, shown
 
-__all__ = ["DEFAULT_MODEL", "LanguageModel", "cache_folder", "gated_ffn_layers", "load_language_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "LanguageModel",
+    "cache_folder",
+    "gated_ffn_layers",
+    "load_cloud_model",
+    "load_language_model",
+]
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -88,6 +95,27 @@ def load_language_model(
         # Tensors made in inference mode could be neither trained nor merged later.
         with torch.inference_mode(False):
             return _load(stored, chosen_device, _dtype(dtype, chosen_device, stored.folder))
+
+
+def load_cloud_model(
+    name: str | None,
+    edge: LanguageModel,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Load the cloud LM that goes with an edge LM: the edge LM itself where `name` is None or means the same files.
+
+    Arguments and errors otherwise as `load_language_model`.
+    """
+    if name is None:
+        return edge
+    with shown(progress) as report:
+        folder = obtain_model(name, progress=report).folder
+    if folder.resolve() == edge.folder.resolve():
+        return edge
+    return load_language_model(name, device=device, dtype=dtype, progress=progress)
 
 
 def default_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
