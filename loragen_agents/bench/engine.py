@@ -1,7 +1,7 @@
 """Runs variants on real models: loads what a variant needs, gets it ready for a registry, and times each turn.
 
-All variants share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none profits
-from the one before; a `+cached` variant keeps its definitions, and nothing else, in it. Knows nothing of samples and
+All variants share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none gains
+from the one before; a `+cached` variant keeps its definitions in it, and nothing else. Knows nothing of samples and
 scores.
 """
 
@@ -59,8 +59,7 @@ class ModelSession:
         # The grammar ends a call by itself; free text is cut before the model invents the tool's report.
         self._sampling = sampling if variant.grammar else replace(sampling, stop=(OBSERVATION_STOP,))
         self._memory = PeakMemory(model.edge.device)
-        # Room for pinned prefixes, and where tools are scored for the prompt at hand: a turn's own are gone before the
-        # next one.
+        # Pinned prefixes don't count as entries. Scoring tools needs one entry, for the prompt at hand.
         model.decoder.prefixes = PrefixStore(entries=1 if variant.choice else 0)
         if variant.cached:
             started = time.perf_counter()
@@ -129,7 +128,7 @@ class ModelSession:
         return NameScorer(self.model.decoder, renderer, self.registry)
 
     def _prefix(self) -> list[int]:
-        """What all prompts of this registry begin with."""
+        """The tokens that all prompts of this registry begin with."""
         one, other = (
             self.model.renderer.full_react(self.registry, turns, self.system_text)
             for turns in ([Turn("1")], [Turn("2", (), "3"), Turn("4")])

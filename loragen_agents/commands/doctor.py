@@ -74,7 +74,7 @@ def memory_bandwidth() -> float:
 
 
 def model_speed(bandwidth: float) -> dict[str, Any]:
-    """Tokens per second of the default model, bare: one prompt read, then greedy decoding behind it.
+    """Tokens per second of the default model without an adapter: prefill of one prompt, then greedy decoding.
 
     bandwidth: GB/s of main memory. On a CPU each decoded token reads all weights once, which bounds the speed.
     """
@@ -122,7 +122,7 @@ def model_speed(bandwidth: float) -> dict[str, Any]:
 
 
 def _weight_bytes(model: "PreTrainedModel", runtime: str) -> int:
-    """What is read for each token: all matrices, in the form in which the runtime keeps them."""
+    """Bytes of weights that one decoded token reads, in the precision that the runtime keeps them in."""
     precision = _precision(runtime)
     if precision is None:
         return sum(parameter.nbytes for parameter in model.parameters())

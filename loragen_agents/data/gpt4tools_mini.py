@@ -1,8 +1,8 @@
 """GPT4Tools-mini: the project's own stand-in for GPT4Tools' evaluation files, for those who don't have them.
 
-It has GPT4Tools' format and tool names and nothing of its text: phrasings, scenes and answers were written for this
-project (mini_sources/*.yaml), and the samples are put together from them on the fly, by counting and hashing alone, so
-that every machine and Python version builds the same ones. Its figures are not the paper's.
+It has GPT4Tools' format and tool names and nothing of its text. Phrasings, scenes and answers were written for this
+project (mini_sources/*.yaml). Samples are built from them by counting and hashing alone, so that every machine and
+Python version builds the same ones. Its figures are not the paper's.
 
 Three parts: `unseen` (the 8 tools of GPT4Tools' test set), `seen` (the other tools, phrasings and scenes held out) and
 `train` (the same tools, other phrasings, scenes and answers; for the training recipes). Four kinds of samples:

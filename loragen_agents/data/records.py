@@ -80,7 +80,7 @@ class DataSet:
         """Join two data sets.
 
         Raises:
-            DataError: a tool id stands in both with different contents.
+            DataError: both define one tool id, differently.
         """
         for tool_id in self.tools.keys() & other.tools.keys():
             if self.tools[tool_id] != other.tools[tool_id]:

@@ -1,8 +1,8 @@
-"""The folders of converted models on this machine, each with a manifest that says what it came from and is whole.
+"""The folders of converted models on this machine. A manifest in each says what it came from and how to check it.
 
-`obtain_model` gives the folder of any source, fetching and converting what isn't there yet. A conversion appears under
-its final name in one rename, under a lock that other processes respect; a damaged one is made anew. This module does
-not load models.
+`obtain_model` gives the folder of any source, and fetches and converts what is missing. A conversion gets its final
+name in one rename, under a lock that other processes respect; a damaged one is made anew. This module does not load
+models.
 """
 
 import importlib.metadata
@@ -59,12 +59,12 @@ class StoredModel:
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """What is noted beside a conversion.
+    """What is noted beside a conversion, and checked at every use.
 
     source: what was converted, in words; `sha256` is that of the whole GGUF file.
-    weights: size and time of change (ns) of each safetensors file; while they hold, the fingerprint is taken as read.
-    others: SHA-256 of each of the other files, which are small and checked at every use.
-    versions: libraries that took part in the conversion.
+    weights: size and time of change (ns) of each safetensors file; where these differ, the tensors are hashed again.
+    others: SHA-256 of each of the other files, which are small enough to be hashed every time.
+    versions: of the libraries that converted it.
     """
 
     conversion: int
@@ -88,7 +88,7 @@ def obtain_model(
 ) -> StoredModel:
     """Give the folder and fingerprint of a model; fetch, check and convert it first where that is needed.
 
-    name: as in `model_sources.find_source`.
+    name: as in `sources.find_source`.
 
     Raises:
         ModelLoadError: see `find_source`, `fetch_known` and `fetch_hub`; also for a file that can't be converted, a
@@ -137,7 +137,7 @@ def find_stored(name: str | Path | Sequence[str | Path], *, cache_dir: Path | No
     """The folder of a model whose files are on this machine, or None; fetches and converts nothing.
 
     Raises:
-        ModelLoadError: the name means nothing, see `model_sources.find_source`.
+        ModelLoadError: the name means nothing, see `sources.find_source`.
     """
     root = cache_dir or cache_folder()
     source = find_source(name)
@@ -280,7 +280,7 @@ def _intact(folder: Path, sha256: str, progress: Progress) -> Manifest | None:
             if not path.is_file() or path.stat().st_size != state[0]:
                 raise _DamagedError(f"{path} is missing or cut short")
             moved |= _state(path) != state
-        if moved:  # a copied cache folder, or something worse: look at every byte
+        if moved:  # the files were copied or changed; only their bytes can say which
             if tensor_fingerprint(folder, progress) != manifest.fingerprint:
                 raise _DamagedError(f"the weights in {folder} have changed")
             manifest.weights.update({name: _state(folder / name) for name in manifest.weights})
