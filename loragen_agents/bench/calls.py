@@ -19,9 +19,9 @@ from loragen_agents.bench.registries import Draw, RegistryDrawer
 from loragen_agents.bench.tasks import BenchSample, Task
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, TakenStep, Turn
 from loragen_agents.conversation.react import format_action_input
-from loragen_agents.data.episodes import GoldCall, Kind, Sample, target_text
+from loragen_agents.data.episodes import GoldCall, Sample, SampleKind, target_text
 from loragen_agents.data.options import NameMode, SamplerOptions
-from loragen_agents.data.records import CallRecord, DataSet, ToolRecord, read_calls, read_tools
+from loragen_agents.data.records import CallRecord, DataSet, ToolRecord, read_call_records, read_tool_records
 from loragen_agents.data.sampler import RegistrySampler
 from loragen_agents.data.wording import tool_result
 from loragen_agents.errors import ArgumentError, DataError
@@ -38,8 +38,8 @@ def read_data(tools: Iterable[Path], calls: Iterable[Path]) -> DataSet:
     """
     data = DataSet()
     for path in tools:
-        data = data + DataSet(read_tools(path))
-    rows = [row for path in calls for row in read_calls(path, data.tools)]
+        data = data + DataSet(read_tool_records(path))
+    rows = [row for path in calls for row in read_call_records(path, data.tools)]
     return DataSet(data.tools, tuple(rows))
 
 
@@ -104,7 +104,7 @@ def calls_task(
     """Draw a task: for every source of `calls`, `requests` requests in registries of `registry_size` tools.
 
     Args:
-        tools, calls: as `data.records.read_tools` and `read_calls` give them; wrong tools come from all of `tools`.
+        tools, calls: as `read_tool_records` and `read_call_records` give them; wrong tools come from all of `tools`.
         seed: with the other arguments it decides every registry and every request.
         names: "real", or "invented" for a made-up word in place of every tool's name (and the sampler's other modes).
         irrelevant: share of the requests whose tool is left out of the registry, so that no call is right.
@@ -162,7 +162,7 @@ def registry_task(registry: ToolRegistry, calls: Sequence[CallRecord], name: str
         rng = random.Random(f"{name}/{number}")
         golds: list[GoldCall | str] = [GoldCall(call.tool, call.arguments) for call in record.calls]
         for place, gold in enumerate(golds or ["Sorry, none of my tools can do that."]):
-            kind: Kind = "unserved" if isinstance(gold, str) else "next_call" if place else "call"
+            kind: SampleKind = "unserved" if isinstance(gold, str) else "next_call" if place else "call"
             sample = Sample((Turn(record.query, tuple(taken)),), gold, kind, record.source)
             try:
                 drawn = _bench_sample(f"{record.source}/{number}/{place}", record.source, sample, registry)

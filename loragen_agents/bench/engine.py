@@ -1,7 +1,7 @@
 """Runs variants on real models: loads what a variant needs, gets it ready for a registry, and times each turn.
 
-All variants share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none profits
-from the one before; a `+cached` variant keeps its definitions, and nothing else, in it. Knows nothing of samples and
+All variants share one edge LM and one decoding loop. Every turn starts with an empty prefix store, so that none gains
+from the one before; a `+cached` variant keeps its definitions in it, and nothing else. Knows nothing of samples and
 scores.
 """
 
@@ -30,7 +30,7 @@ from loragen_agents.errors import CheckpointError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.checkpoint import resolve
 from loragen_agents.models.fingerprints import file_sha256
-from loragen_agents.models.language_models import LanguageModel, load_language_model
+from loragen_agents.models.language_models import LanguageModel, load_cloud_model, load_language_model
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.specialize import specialize
 
@@ -59,8 +59,7 @@ class ModelSession:
         # The grammar ends a call by itself; free text is cut before the model invents the tool's report.
         self._sampling = sampling if variant.grammar else replace(sampling, stop=(OBSERVATION_STOP,))
         self._memory = PeakMemory(model.edge.device)
-        # Room for pinned prefixes, and where tools are scored for the prompt at hand: a turn's own are gone before the
-        # next one.
+        # Pinned prefixes don't count as entries. Scoring tools needs one entry, for the prompt at hand.
         model.decoder.prefixes = PrefixStore(entries=1 if variant.choice else 0)
         if variant.cached:
             started = time.perf_counter()
@@ -129,7 +128,7 @@ class ModelSession:
         return NameScorer(self.model.decoder, renderer, self.registry)
 
     def _prefix(self) -> list[int]:
-        """What all prompts of this registry begin with."""
+        """The tokens that all prompts of this registry begin with."""
         one, other = (
             self.model.renderer.full_react(self.registry, turns, self.system_text)
             for turns in ([Turn("1")], [Turn("2", (), "3"), Turn("4")])
@@ -267,11 +266,7 @@ class ModelEngine:
 
     def _cloud_model(self) -> LanguageModel:
         if self._cloud is None:
-            self._cloud = (
-                load_language_model(self._cloud_name, device=self._device, dtype=self._dtype)
-                if self._cloud_name
-                else self.edge
-            )
+            self._cloud = load_cloud_model(self._cloud_name, self.edge, device=self._device, dtype=self._dtype)
         return self._cloud
 
     def _generator(self, variant: Variant) -> LoRAGenerator:

@@ -15,7 +15,7 @@ from loragen_agents.bench.tasks import BenchSample, Task, Written
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION
 from loragen_agents.conversation.react import Step
 from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools
-from loragen_agents.data.gpt4tools_mini import MiniSample, Part, mini_samples
+from loragen_agents.data.gpt4tools_mini import MiniPart, MiniSample, mini_samples
 from loragen_agents.data.gpt4tools_mini_rows import Tools, mini_registry, mini_turns
 from loragen_agents.errors import DataError
 from loragen_agents.registry import Tool, ToolRegistry
@@ -23,7 +23,7 @@ from loragen_agents.registry import Tool, ToolRegistry
 METRICS: dict[str, str] = {**gpt4tools.RATES, "average": "Average"}
 
 
-def mini_task(parts: Sequence[Part] = ("unseen",), *, tools: Tools = "own", limit: int | None = None) -> Task:
+def mini_task(parts: Sequence[MiniPart] = ("unseen",), *, tools: Tools = "own", limit: int | None = None) -> Task:
     """GPT4Tools-mini as a task.
 
     Args:
@@ -45,7 +45,7 @@ def score_sample(sample: BenchSample, written: Written, steps: Sequence[Step]) -
     return {**asdict(result), "average": result.average}
 
 
-def _first(part: Part, limit: int | None) -> Sequence[MiniSample]:
+def _first(part: MiniPart, limit: int | None) -> Sequence[MiniSample]:
     _check_limit(limit)
     return mini_samples(part)[:limit]
 
@@ -55,7 +55,7 @@ def _check_limit(limit: int | None) -> None:
         raise DataError(f"A limit of {limit} samples leaves nothing to score; give 1 or more.")
 
 
-def _mini_sample(sample: MiniSample, part: Part, registry: ToolRegistry) -> BenchSample:
+def _mini_sample(sample: MiniSample, part: MiniPart, registry: ToolRegistry) -> BenchSample:
     return BenchSample(sample.id, part, sample.kind, registry, mini_turns(sample), sample.output)
 
 

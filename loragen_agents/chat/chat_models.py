@@ -1,20 +1,18 @@
 """`LoRAGenChatModel`: a specialised local model as a LangChain chat model.
 
-What the class adds to the layers below is LangChain's shape: binding of tools, streaming, async forms, usage,
-serialisation. The fields are in `fields`, how messages become a prompt is in `messages`, how a step is decoded in
-`steps`, how a registry becomes a model in `specialization`.
+What the class adds to the layers below is LangChain's shape: binding of tools, streaming, async forms, usage. The
+fields, and how they are written down, are in `fields`; how messages become a prompt is in `messages`, how a step is
+decoded in `steps`, how a registry becomes a model in `specialization`.
 """
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.language_models.base import LangSmithParams
-from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
@@ -24,7 +22,7 @@ from pydantic import BaseModel
 
 from loragen_agents.chat.fields import ChatModelFields
 from loragen_agents.chat.messages import last_chunk, read_conversation, step_message
-from loragen_agents.chat.profile import model_profile, name_of
+from loragen_agents.chat.profile import name_of
 from loragen_agents.chat.settings import (
     SETTINGS,
     CallSettings,
@@ -78,9 +76,17 @@ class LoRAGenChatModel(ChatModelFields):
             print(chunk.text, end="")
         ```
 
-        `ainvoke`, `astream`, `batch` and `abatch` work as usual. Closing a stream, or cancelling the task that awaits
-        it, stops the decoding. Words stream as they are decoded; a tool call comes as one chunk, once all of it has
-        been checked.
+        `ainvoke` and `astream` work as usual. Closing a stream, or cancelling the task that awaits it, stops the
+        decoding. Words stream as they are decoded; a tool call comes as one chunk, once all of it has been checked.
+
+    Batch:
+        ```python
+        model.batch(["Name a river.", "Name a lake."], config={"max_concurrency": 2}, return_exceptions=True)
+        ```
+
+        `batch` and `abatch` invoke the model once for each input, `batch` in threads. So each input has its own
+        callbacks, trace, cache look-up, errors and figures. They are not decoded together: in 16-bit dtypes the last
+        bits of a sum depend on how many sequences a pass holds, and an answer must not depend on the other inputs.
 
     Tool calling:
         ```python
@@ -341,29 +347,7 @@ class LoRAGenChatModel(ChatModelFields):
             raise PromptError(f"model is {given!r}; expected a model's name or a LanguageModel")
         return given
 
-    # What LangChain asks a model about itself
-
-    @property
-    def _llm_type(self) -> str:
-        return "loragen-agents"
-
-    @property
-    def _identifying_params(self) -> Mapping[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("input_format", "stop", *SETTINGS)},
-            "model": name_of(self.model),
-            "cloud": name_of(self.cloud),
-            "generator": name_of(self.generator),
-        }
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
-        params["ls_provider"] = "loragen_agents"
-        params.setdefault("ls_model_name", name_of(self.model) or "")
-        return params
-
-    def _resolve_model_profile(self) -> ModelProfile:
-        return model_profile(self.model)
+    # Counting tokens
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of `text` by the edge LM's tokenizer; control tokens in it are plain text. Loads the model."""
@@ -378,24 +362,3 @@ class LoRAGenChatModel(ChatModelFields):
         definitions = self.tools if tools is None else list(tools)
         conversation = read_conversation(messages, read_registry(definitions, self.input_format))
         return len(shared_renderer(self._language_model(self.model).tokenizer).user_turn(conversation.turns))
-
-    # Serialisation: models that were handed over loaded are written down by their names.
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """Models are written and read with `langchain_core.load`, where `load` is told to allow this class."""
-        return True
-
-    @property
-    def lc_attributes(self) -> dict[str, Any]:
-        """Names in the place of loaded models."""
-        loaded = {name: getattr(self, name) for name in ("model", "cloud", "generator")}
-        return {name: name_of(value) for name, value in loaded.items() if not isinstance(value, str | None)}
-
-    def __repr_args__(self) -> Any:
-        return [(name, self.lc_attributes.get(name, value)) for name, value in super().__repr_args__()]
-
-    def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        state["__dict__"] = {**state["__dict__"], **self.lc_attributes}
-        return state

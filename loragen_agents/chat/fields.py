@@ -1,14 +1,19 @@
-"""The chat model's fields: what each means, which values it takes, and in which forms LangChain's users give them.
+"""The chat model's fields: what each means, which values it takes, in which forms LangChain's users give them, and how
+they are written down for traces, logs and files.
 
 Knows nothing of running the model.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.model_profile import ModelProfile
 from pydantic import Field, InstanceOf, ValidationInfo, field_validator, model_validator
 
-from loragen_agents.chat.settings import openai_dicts, read_registry, read_tool_choice
+from loragen_agents.chat.profile import model_profile, name_of
+from loragen_agents.chat.settings import SETTINGS, openai_dicts, read_registry, read_tool_choice
 from loragen_agents.edge.grammar_source import grammar_source
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import DEFAULT_MODEL, LanguageModel
@@ -19,7 +24,7 @@ _NETWORK_PARAMETERS = frozenset({"api_key", "base_url", "max_retries", "timeout"
 
 
 class ChatModelFields(BaseChatModel):
-    """The fields of `LoRAGenChatModel`, checked when a model is made."""
+    """The fields of `LoRAGenChatModel`, checked when a model is made. What it says of itself follows from them."""
 
     model: str | InstanceOf[LanguageModel] = DEFAULT_MODEL
     """The edge LM: what `load_language_model` takes (a known name, Hub id, folder, GGUF file), or a loaded one."""
@@ -110,3 +115,48 @@ class ChatModelFields(BaseChatModel):
         if self.grammar:
             grammar_source(read_registry(self.tools, self.input_format), "auto")
         return self
+
+    # What LangChain asks a model about itself
+
+    @property
+    def _llm_type(self) -> str:
+        return "loragen-agents"
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("input_format", "stop", *SETTINGS)},
+            "model": name_of(self.model),
+            "cloud": name_of(self.cloud),
+            "generator": name_of(self.generator),
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = "loragen_agents"
+        params.setdefault("ls_model_name", name_of(self.model) or "")
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        return model_profile(self.model)
+
+    # Serialisation: models that were handed over loaded are written down by their names.
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Models are written and read with `langchain_core.load`, where `load` is told to allow this class."""
+        return True
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """Names in the place of loaded models."""
+        loaded = {name: getattr(self, name) for name in ("model", "cloud", "generator")}
+        return {name: name_of(value) for name, value in loaded.items() if not isinstance(value, str | None)}
+
+    def __repr_args__(self) -> Any:
+        return [(name, self.lc_attributes.get(name, value)) for name, value in super().__repr_args__()]
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        state["__dict__"] = {**state["__dict__"], **self.lc_attributes}
+        return state

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_edge, load_parts, read_tools
+from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_edge, load_models, load_registry
 
 NAME = "ask"
 HELP = "ask a model that is specialised on a tool registry, and show its step"
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.support.console import print_json
     from loragen_agents.support.progress import shown, silent
 
-    registry = read_tools(arguments.tools)
+    registry = load_registry(arguments.tools)
     settings = {name: getattr(arguments, name) for name in ("tool_choice", "max_tokens", "temperature", "seed")}
     settings["grammar"] = not arguments.no_grammar
     chat = LoRAGenChatModel(tools=registry, grammar=False)
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_service(arguments.cloud):
             chat = chat.model_copy(update={"model": load_edge(arguments, progress), "cloud": arguments.cloud})
         else:
-            edge, cloud, generator = load_parts(arguments, progress)
+            edge, cloud, generator = load_models(arguments, progress)
             chat = chat.model_copy(update={"model": edge, "cloud": cloud, "generator": generator})
         progress("Specialising and decoding", None)
         events = list(chat.steps(messages, **settings))

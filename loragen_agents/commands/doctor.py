@@ -74,7 +74,7 @@ def memory_bandwidth() -> float:
 
 
 def model_speed(bandwidth: float) -> dict[str, Any]:
-    """Tokens per second of the default model, bare: one prompt read, then greedy decoding behind it.
+    """Tokens per second of the default model without an adapter: prefill of one prompt, then greedy decoding.
 
     bandwidth: GB/s of main memory. On a CPU each decoded token reads all weights once, which bounds the speed.
     """
@@ -122,7 +122,7 @@ def model_speed(bandwidth: float) -> dict[str, Any]:
 
 
 def _weight_bytes(model: "PreTrainedModel", runtime: str) -> int:
-    """What is read for each token: all matrices, in the form in which the runtime keeps them."""
+    """Bytes of weights that one decoded token reads, in the precision that the runtime keeps them in."""
     precision = _precision(runtime)
     if precision is None:
         return sum(parameter.nbytes for parameter in model.parameters())
@@ -163,7 +163,7 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from loragen_agents.models.language_models import choose_dtype
+    from loragen_agents.models.language_models import default_dtype
 
     memory = psutil.virtual_memory()
     return {
@@ -173,7 +173,7 @@ def _machine() -> dict[str, Any]:
         "memory_gb": round(memory.total / 1e9, 1),
         "memory_free_gb": round(memory.available / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "cpu_dtype": str(choose_dtype(torch.device("cpu"), 0)).removeprefix("torch."),
+        "cpu_dtype": str(default_dtype(torch.device("cpu"), 0)).removeprefix("torch."),
         "pip": importlib.util.find_spec("pip") is not None,
         "interpreter": sys.executable,
     }

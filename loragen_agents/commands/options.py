@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_specialization_options(parser: argparse.ArgumentParser) -> None:
-    """Add --tools, --system and what `load_parts` reads."""
+    """Add --tools, --system and what `load_models` reads."""
     parser.add_argument(
         "--tools", required=True, metavar="FILE", help="registry: a YAML file, or the name of a shipped one"
     )
@@ -49,7 +49,7 @@ def output_folder(text: str) -> Path:
     return Path(text)
 
 
-def read_tools(given: str) -> "ToolRegistry":
+def load_registry(given: str) -> "ToolRegistry":
     """The registry of a file, or of the shipped file of that name (`gpt4tools_seen`).
 
     Raises:
@@ -73,18 +73,13 @@ def load_edge(arguments: argparse.Namespace, progress: "Progress | None") -> "La
     Raises:
         ModelLoadError: it can't be had.
     """
-    from loragen_agents.models.language_models import DEFAULT_MODEL
+    from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
 
-    return _load(arguments.edge or DEFAULT_MODEL, arguments, progress)
-
-
-def _load(name: str, arguments: argparse.Namespace, progress: "Progress | None") -> "LanguageModel":
-    from loragen_agents.models.language_models import load_language_model
-
+    name = arguments.edge or DEFAULT_MODEL
     return load_language_model(name, device=arguments.device, dtype=arguments.dtype, progress=progress)
 
 
-def load_parts(
+def load_models(
     arguments: argparse.Namespace, progress: "Progress | None"
 ) -> "tuple[LanguageModel, LanguageModel, LoRAGenerator]":
     """The edge LM, the cloud LM and the generator that the options name.
@@ -93,9 +88,8 @@ def load_parts(
         ModelLoadError: a model can't be had. CheckpointError: the generator does not fit or is damaged.
     """
     from loragen_agents.generator import LoRAGenerator
+    from loragen_agents.models.language_models import load_cloud_model
 
     edge = load_edge(arguments, progress)
-    cloud = edge
-    if arguments.cloud is not None and arguments.cloud != edge.name:
-        cloud = _load(arguments.cloud, arguments, progress)
+    cloud = load_cloud_model(arguments.cloud, edge, device=arguments.device, dtype=arguments.dtype, progress=progress)
     return edge, cloud, LoRAGenerator.load(arguments.generator, cloud=cloud, edge=edge)

@@ -6,9 +6,9 @@ from typing import Any
 from loragen_agents.commands.options import (
     UNTRAINED,
     add_specialization_options,
-    load_parts,
+    load_models,
+    load_registry,
     output_folder,
-    read_tools,
 )
 
 NAME = "specialize"
@@ -38,9 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.support.console import print_json, say
     from loragen_agents.support.progress import shown, silent
 
-    registry = read_tools(arguments.tools)
+    registry = load_registry(arguments.tools)
     with shown(silent if arguments.json else None) as progress:
-        edge, cloud, generator = load_parts(arguments, progress)
+        edge, cloud, generator = load_models(arguments, progress)
         progress("Specialising", None)
         # What this command reports is the work itself, so nothing comes from or goes to the cache.
         made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator, cache=False)

@@ -20,7 +20,7 @@ from loragen_agents.conversation.react import (
 )
 from loragen_agents.registry import ToolRegistry
 
-Kind = Literal["call", "next_call", "final_answer", "unserved", "chat"]
+SampleKind = Literal["call", "next_call", "final_answer", "unserved", "chat"]
 Part = Literal["decision", "format", "name", "arguments", "answer"]
 
 
@@ -47,7 +47,7 @@ class Sample:
 
     turns: tuple[Turn, ...]
     gold: GoldCall | str
-    kind: Kind
+    kind: SampleKind
     source: str
     tool: str | None = None
 

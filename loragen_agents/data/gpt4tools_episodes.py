@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.conversation.react import Answer, bind_arguments, format_action_input, parse_step
 from loragen_agents.data import augmentation as augment
-from loragen_agents.data.episodes import Episode, GoldCall, Kind, Sample
+from loragen_agents.data.episodes import Episode, GoldCall, Sample, SampleKind
 from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools
 from loragen_agents.data.gpt4tools_mini_rows import mini_rows
 from loragen_agents.data.options import GPT4ToolsOptions, checked_options
@@ -115,7 +115,7 @@ def _samples(row: GPT4ToolsSample) -> list[Sample]:
             written = format_action_input(tool, arguments, "csv")
         except ArgumentError:
             return found
-        kind: Kind = "next_call" if last.steps else "call"
+        kind: SampleKind = "next_call" if last.steps else "call"
         found.append(Sample((*earlier, last), GoldCall(tool.name, arguments), kind, SOURCE, tool.name))
         last = replace(last, steps=(*last.steps, TakenStep(tool.name, written, step.observation)))
     tail = row.output.rpartition("Thought: Do I need to use a tool?")[2]

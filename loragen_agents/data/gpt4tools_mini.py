@@ -1,8 +1,8 @@
 """GPT4Tools-mini: the project's own stand-in for GPT4Tools' evaluation files, for those who don't have them.
 
-It has GPT4Tools' format and tool names and nothing of its text: phrasings, scenes and answers were written for this
-project (mini_sources/*.yaml), and the samples are put together from them on the fly, by counting and hashing alone, so
-that every machine and Python version builds the same ones. Its figures are not the paper's.
+It has GPT4Tools' format and tool names and nothing of its text. Phrasings, scenes and answers were written for this
+project (mini_sources/*.yaml). Samples are built from them by counting and hashing alone, so that every machine and
+Python version builds the same ones. Its figures are not the paper's.
 
 Three parts: `unseen` (the 8 tools of GPT4Tools' test set), `seen` (the other tools, phrasings and scenes held out) and
 `train` (the same tools, other phrasings, scenes and answers; for the training recipes). Four kinds of samples:
@@ -30,9 +30,9 @@ import yaml
 from loragen_agents.conversation.react import THOUGHT_QUESTION, answer_text, tool_step_text
 from loragen_agents.errors import DataError
 
-Part = Literal["train", "seen", "unseen"]
-Kind = Literal["positive", "context", "finished", "negative"]
-PARTS: tuple[Part, ...] = ("train", "seen", "unseen")
+MiniPart = Literal["train", "seen", "unseen"]
+MiniKind = Literal["positive", "context", "finished", "negative"]
+MINI_PARTS: tuple[MiniPart, ...] = ("train", "seen", "unseen")
 
 _SLOT = re.compile(r"\{([a-z])\}")
 
@@ -56,7 +56,7 @@ class MiniSample:
     """
 
     id: str
-    kind: Kind
+    kind: MiniKind
     tool: str | None
     opening: str | None
     request: str
@@ -73,7 +73,7 @@ class _Shares:
     finished: int
 
 
-_SHARES: dict[Part, _Shares] = {
+_SHARES: dict[MiniPart, _Shares] = {
     "train": _Shares(scenes_per_phrasing=4, contexts=8, finished=2),
     "seen": _Shares(scenes_per_phrasing=3, contexts=4, finished=1),
     "unseen": _Shares(scenes_per_phrasing=3, contexts=8, finished=3),
@@ -81,14 +81,14 @@ _SHARES: dict[Part, _Shares] = {
 
 
 @lru_cache
-def mini_samples(part: Part) -> tuple[MiniSample, ...]:
+def mini_samples(part: MiniPart) -> tuple[MiniSample, ...]:
     """All samples of one part, ordered so that every stretch of them has all tools and kinds.
 
     Raises:
         DataError: there is no such part.
     """
-    if part not in PARTS:
-        raise DataError(f"GPT4Tools-mini has no part {part!r}: expected one of {', '.join(PARTS)}.")
+    if part not in MINI_PARTS:
+        raise DataError(f"GPT4Tools-mini has no part {part!r}: expected one of {', '.join(MINI_PARTS)}.")
     builder = _Builder(part)
     queues = [list(builder.tool_samples(index)) for index in range(len(builder.tools))]
     queues.append(list(builder.talk_samples()))
@@ -97,12 +97,12 @@ def mini_samples(part: Part) -> tuple[MiniSample, ...]:
     return tuple(queues[which][n] for _, which, n in sorted(places))
 
 
-def mini_tool_names(part: Part) -> tuple[str, ...]:
+def mini_tool_names(part: MiniPart) -> tuple[str, ...]:
     """The tools that the part's samples call, in the order of the sources."""
     return tuple(_source("unseen" if part == "unseen" else "seen"))
 
 
-def mini_fingerprint(part: Part) -> str:
+def mini_fingerprint(part: MiniPart) -> str:
     """SHA-256 over all samples of a part: what a result names as its data."""
     return hashlib.sha256("\n".join(map(repr, mini_samples(part))).encode()).hexdigest()
 
@@ -110,7 +110,7 @@ def mini_fingerprint(part: Part) -> str:
 class _Builder:
     """Puts the samples of one part together; every choice is a count or a hash of the sample's own name."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: MiniPart) -> None:
         self.part = part
         self.shares = _SHARES[part]
         self.tools: dict[str, dict[str, Any]] = _source("unseen" if part == "unseen" else "seen")

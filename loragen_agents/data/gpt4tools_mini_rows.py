@@ -11,7 +11,7 @@ from typing import Literal
 
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, taken_steps, write_gpt4tools
-from loragen_agents.data.gpt4tools_mini import MiniSample, Part, mini_samples
+from loragen_agents.data.gpt4tools_mini import MiniPart, MiniSample, mini_samples
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.support.content import content_folder
 
@@ -21,7 +21,7 @@ _RECEIVED = "Received."
 
 
 @lru_cache
-def mini_registry(part: Part, tools: Tools = "own") -> ToolRegistry:
+def mini_registry(part: MiniPart, tools: Tools = "own") -> ToolRegistry:
     """The registry that goes with a part of GPT4Tools-mini."""
     own, other = ("unseen", "seen") if part == "unseen" else ("seen", "unseen")
     registry = ToolRegistry.from_yaml(content_folder("tools") / f"gpt4tools_{own}.yaml")
@@ -40,7 +40,7 @@ def mini_turns(sample: MiniSample) -> tuple[Turn, ...]:
     return (*opening, Turn(sample.request, steps))
 
 
-def mini_rows(part: Part) -> list[GPT4ToolsSample]:
+def mini_rows(part: MiniPart) -> list[GPT4ToolsSample]:
     """A part of GPT4Tools-mini as rows of a GPT4Tools file."""
     registry = mini_registry(part)
     return [
@@ -49,7 +49,7 @@ def mini_rows(part: Part) -> list[GPT4ToolsSample]:
     ]
 
 
-def write_mini(part: Part, folder: Path) -> tuple[Path, int]:
+def write_mini(part: MiniPart, folder: Path) -> tuple[Path, int]:
     """Write a part of GPT4Tools-mini as a file in GPT4Tools' format; gives its path and the number of samples."""
     path = folder / f"gpt4tools_mini_{part}.json"
     rows = mini_rows(part)

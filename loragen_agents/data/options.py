@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from loragen_agents.data.episodes import Kind
+from loragen_agents.data.episodes import SampleKind
 from loragen_agents.errors import DataError
 from loragen_agents.registry import InputFormat
 
@@ -29,7 +29,7 @@ class SamplerOptions:
         other_sources: weight of a source that is not listed.
         mixed_sources: gold tools of a registry from several sources instead of one.
         near: share of the other tools that come from the gold tools' own domain or source, not from all tools.
-        kinds: weights of the samples' kinds (`episodes.Kind`).
+        kinds: weights of the samples' kinds (`episodes.SampleKind`).
         names: weights of where a registry's names come from; "real" keeps the source's.
         mixed_names: draw that per tool instead of per registry.
         numbered_names: share of the new names that hold a number (`Make 3D Model`, `read_v2`).
@@ -73,7 +73,7 @@ class SamplerOptions:
     other_sources: Weight = 0.1
     mixed_sources: Probability = 0.4
     near: Probability = 0.5
-    kinds: Mapping[Kind, Weight] = field(
+    kinds: Mapping[SampleKind, Weight] = field(
         default_factory=lambda: {"call": 0.62, "next_call": 0.08, "final_answer": 0.1, "unserved": 0.12, "chat": 0.08}
     )
     names: Mapping[NameMode, Weight] = field(

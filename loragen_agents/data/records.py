@@ -7,7 +7,6 @@ registries, prompts or models.
 """
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,22 +15,13 @@ from typing import Any, Literal
 
 import yaml
 
+from loragen_agents.data.argument_values import coerced, fits_type, states
 from loragen_agents.errors import DataError
 from loragen_agents.support.files import replacing
 from loragen_agents.support.json_lines import json_lines
 
 Split = Literal["train", "dev"]
 SPLITS = ("train", "dev")
-
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-    "null": (type(None),),
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ class DataSet:
         """Join two data sets.
 
         Raises:
-            DataError: a tool id stands in both with different contents.
+            DataError: both define one tool id, differently.
         """
         for tool_id in self.tools.keys() & other.tools.keys():
             if self.tools[tool_id] != other.tools[tool_id]:
@@ -165,7 +155,7 @@ def call_from_row(row: Any) -> CallRecord:
     return CallRecord(_text(row, "query"), tuple(steps), _text(row, "source"), _split(row))
 
 
-def read_tools(path: Path | str) -> dict[str, ToolRecord]:
+def read_tool_records(path: Path | str) -> dict[str, ToolRecord]:
     """Read a `tools.jsonl`; the result is keyed by tool id, in file order.
 
     Raises:
@@ -184,7 +174,7 @@ def read_tools(path: Path | str) -> dict[str, ToolRecord]:
     return tools
 
 
-def read_calls(path: Path | str, tools: Mapping[str, ToolRecord] | None = None) -> list[CallRecord]:
+def read_call_records(path: Path | str, tools: Mapping[str, ToolRecord] | None = None) -> list[CallRecord]:
     """Read a `calls_*.jsonl`.
 
     Args:
@@ -230,11 +220,11 @@ def load_data(*folders: Path | str) -> DataSet:
     for folder in map(Path, folders):
         tools: dict[str, ToolRecord] = {}
         for path in sorted(folder.glob("tools_*.jsonl")) or [folder / "tools.jsonl"]:
-            tools |= read_tools(path)
+            tools |= read_tool_records(path)
         files = sorted(folder.glob("calls_*.jsonl"))
         if not files:
             raise DataError(f"{folder}: no calls_*.jsonl beside tools.jsonl; build it with `loragen-agents data build`")
-        calls = [record for file in files for record in read_calls(file, tools)]
+        calls = [record for file in files for record in read_call_records(file, tools)]
         data = data + DataSet(tools, tuple(calls), _alike(folder / "near_duplicates.json"))
     return _held_out(data)
 
@@ -284,66 +274,6 @@ def write_data(data: DataSet, folder: Path | str) -> None:
         _write_lines(folder / f"calls_{split}.jsonl", rows)
 
 
-def fits_type(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether `value` is of the JSON type (and among the values) that an argument's schema names."""
-    if "enum" in schema and value not in schema["enum"]:
-        return False
-    kind = schema.get("type")
-    if not isinstance(kind, str) or kind not in _JSON_TYPES:
-        return True
-    if isinstance(value, bool) and kind != "boolean":
-        return False
-    return isinstance(value, _JSON_TYPES[kind])
-
-
-def _coerced(value: Any, schema: Mapping[str, Any]) -> Any:
-    """`value` in the schema's type where nothing is lost by it, else `value` itself."""
-    kind = schema.get("type")
-    if kind == "string" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if kind == "integer" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value.strip()):
-        return int(value)
-    if kind == "integer" and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind == "number" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}(\.\d+)?", value.strip()):
-        return float(value) if "." in value else int(value)
-    if kind == "boolean" and isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    return value
-
-
-def states(query: str, value: Any) -> bool:
-    """Whether a request's words state an argument's value: rough, word by word, and generous to other spellings.
-
-    A number must stand in the request (thousands separators and a trailing .0 aside); of a text, a word of three or
-    more letters or a number must. Truth values always pass: requests seldom spell them.
-    """
-    if isinstance(value, bool):
-        return True
-    text = query.lower()
-    if isinstance(value, (int, float)):
-        plain = f"{value:g}" if abs(value) < 1e15 else str(value)
-        exact = str(int(value)) if float(value).is_integer() else str(value)
-        return any(form in text.replace(",", "") for form in (plain, exact)) or (float(value) in _spelt_numbers(text))
-    words = re.findall(r"[a-z]{3,}|\d+", str(value).lower())
-    if not words:
-        return str(value).lower() in text
-    return any(word.lstrip("0") in text for word in words)
-
-
-_NUMBER_WORDS = dict(
-    zip(
-        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
-        range(1, 13),
-        strict=True,
-    )
-)
-
-
-def _spelt_numbers(text: str) -> set[float]:
-    return {float(_NUMBER_WORDS[word]) for word in re.findall(r"[a-z]+", text) if word in _NUMBER_WORDS}
-
-
 def repair(data: DataSet, *, drop_unstated: Sequence[str] = ("seal-tools",)) -> DataSet:
     """Make calls and schemas agree, so that every gold call is one that its tool's schema allows.
 
@@ -377,7 +307,7 @@ def repair(data: DataSet, *, drop_unstated: Sequence[str] = ("seal-tools",)) -> 
             always[tool.id] = always.get(tool.id, set(tool.required)) & call.arguments.keys()
             for name, value in call.arguments.items():
                 schema = tool.properties[name]
-                if not fits_type(_coerced(value, schema), schema):
+                if not fits_type(coerced(value, schema), schema):
                     as_text[tool.id].add(name)
 
     tools = {}
@@ -395,7 +325,7 @@ def repair(data: DataSet, *, drop_unstated: Sequence[str] = ("seal-tools",)) -> 
         arguments = {}
         for name, schema in properties.items():
             if name in call.arguments:
-                value = _coerced(call.arguments[name], schema)
+                value = coerced(call.arguments[name], schema)
                 text = name in as_text.get(call.tool, ()) and not isinstance(value, str)
                 arguments[name] = json.dumps(value) if text else value
         return Call(call.tool, arguments)

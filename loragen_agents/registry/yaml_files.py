@@ -1,8 +1,8 @@
 """Registry files: YAML in, YAML out, and errors that say which line is wrong.
 
 The YAML is read by the rules of YAML 1.2's core schema rather than PyYAML's 1.1: a choice `[yes, no]` stays text,
-`1:30` is no number and `2024-01-01` no date. A key that stands twice is an error. Knows the layout of a registry file;
-what a usable tool is, `tool` decides, and which tools go together, `registry`.
+`1:30` is no number and `2024-01-01` no date. A duplicate key is an error. Knows the layout of a registry file; `tool`
+decides what a usable tool is, and `registry` which tools go together.
 """
 
 import re
@@ -51,6 +51,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, data: str) -> ScalarNode:
+        # PyYAML writes U+0085 unescaped into single quotes, and reads it back as a line feed. Double quotes escape it,
+        # and U+2028 and U+2029 too, which YAML 1.1 takes for line breaks and 1.2 does not.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, '"' if _BREAKS.search(data) else None)
+
+
+_BREAKS = re.compile("[\x85\u2028\u2029]")
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 # A number with a leading zero, such as a code, stays text: YAML 1.1 and 1.2 read it differently.
 for _tag, _pattern, _first in (

@@ -28,7 +28,7 @@ from loragen_agents.errors import DataError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.argument_head import ArgumentHead, argument_kinds, read_arguments, read_values
 from loragen_agents.models.clone import clone_sharing_tensors
-from loragen_agents.models.language_models import LanguageModel, load_language_model
+from loragen_agents.models.language_models import LanguageModel, load_cloud_model, load_language_model
 from loragen_agents.support.files import replacing
 from loragen_agents.support.progress import Progress, silent
 from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples
@@ -77,7 +77,7 @@ def train_argument_head(
     if data is None and not recipe.data:
         raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
     edge = load_language_model(recipe.edge, dtype=recipe.dtype)
-    cloud = edge if recipe.cloud == recipe.edge else load_language_model(recipe.cloud, dtype=recipe.dtype)
+    cloud = load_cloud_model(recipe.cloud, edge, dtype=recipe.dtype)
     renderer = shared_renderer(edge.tokenizer)
     examples = build_argument_examples(data or load_data(*recipe.data), renderer, recipe)
     if not any(one.split == "train" for one in examples.requests):

@@ -22,7 +22,7 @@ from loragen_agents.errors import DataError
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.tool_head import ToolHead
 from loragen_agents.generator.tool_texts import TextKind
-from loragen_agents.models.language_models import load_language_model
+from loragen_agents.models.language_models import load_cloud_model, load_language_model
 from loragen_agents.support.files import replacing
 from loragen_agents.support.progress import Progress, silent
 from loragen_agents.training.head_examples import CHAT, Asked, HeadExamples, build_examples
@@ -58,7 +58,7 @@ def train_head(
         if not any(one.split == split and one.tool is not None for one in examples.asked):
             raise DataError(f"the data has no requests of split {split} that call a tool")
     edge = load_language_model(recipe.edge, dtype=recipe.dtype)
-    cloud = edge if recipe.cloud == recipe.edge else load_language_model(recipe.cloud, dtype=recipe.dtype)
+    cloud = load_cloud_model(recipe.cloud, edge, dtype=recipe.dtype)
     generator = _with_head(LoRAGenerator.load(recipe.start_from, cloud, edge), recipe)
     assert generator.tool_head is not None
     layers = generator.tool_head.head.layers

@@ -1,6 +1,6 @@
 """Exports of the embedded model write what the specialised model writes, in peft, transformers and llama.cpp."""
 
-from loragen_agents.commands.options import read_tools
+from loragen_agents.commands.options import load_registry
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import load_language_model
 from loragen_agents.registry import ToolRegistry
@@ -13,7 +13,7 @@ def test_exports_write_the_same_text(tmp_path):
     edge = load_language_model(dtype="float32")
     generator = LoRAGenerator.load("default", cloud=edge, edge=edge)
     # Few tools: the weights alone, without scores and grammar, tell some two dozen apart at most.
-    assistant = read_tools("assistant")
+    assistant = load_registry("assistant")
     registry = ToolRegistry([assistant[name] for name in ("calculator", "convert_units", "take_note", "read_file")])
     pairs = compare(edge, generator, [(registry, REQUESTS)], tmp_path, max_tokens=24)
     for form, both in pairs.items():

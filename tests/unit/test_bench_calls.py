@@ -12,7 +12,7 @@ from loragen_agents.bench.tasks import BenchSample, Written
 from loragen_agents.conversation.prompts import THOUGHT_QUESTION, Turn
 from loragen_agents.conversation.react import parse_step
 from loragen_agents.data.episodes import GoldCall
-from loragen_agents.data.records import Call, CallRecord, ToolRecord, read_calls
+from loragen_agents.data.records import Call, CallRecord, ToolRecord, read_call_records
 from loragen_agents.errors import DataError
 from loragen_agents.registry import Tool, ToolRegistry
 from loragen_agents.support.content import content_folder
@@ -66,7 +66,7 @@ def test_invented_names_and_requests_that_no_tool_serves() -> None:
 
 def test_the_everyday_requests_fit_the_assistants_tools() -> None:
     registry = ToolRegistry.from_yaml(content_folder("tools") / "assistant.yaml")
-    records = read_calls(everyday_calls())
+    records = read_call_records(everyday_calls())
     assert sorted(len(record.calls) for record in records) == [0] * 10 + [1] * 40 + [2] * 10
     task = registry_task(registry, records, "assistant")
     kinds = [sample.kind for sample in task.samples]

@@ -7,12 +7,19 @@ import pytest
 import yaml
 
 from loragen_agents.bench.gpt4tools_score import score
-from loragen_agents.data.gpt4tools_mini import PARTS, MiniSample, Part, mini_fingerprint, mini_samples, mini_tool_names
+from loragen_agents.data.gpt4tools_mini import (
+    MINI_PARTS,
+    MiniPart,
+    MiniSample,
+    mini_fingerprint,
+    mini_samples,
+    mini_tool_names,
+)
 from loragen_agents.errors import DataError
 from loragen_agents.support.content import content_folder
 
 
-def registry_rows(part: Part) -> list[dict[str, object]]:
+def registry_rows(part: MiniPart) -> list[dict[str, object]]:
     name = "unseen" if part == "unseen" else "seen"
     loaded = yaml.safe_load((content_folder("tools") / f"gpt4tools_{name}.yaml").read_text(encoding="utf-8"))
     return list(loaded["tools"])
@@ -23,8 +30,8 @@ def due_tool(sample: MiniSample) -> str | None:
     return found.group(1) if found else None
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_counts_kinds_and_balance(part: Part) -> None:
+@pytest.mark.parametrize("part", MINI_PARTS)
+def test_counts_kinds_and_balance(part: MiniPart) -> None:
     samples = mini_samples(part)
     assert len(samples) >= (900 if part == "train" else 300)
     kinds = Counter(sample.kind for sample in samples)
@@ -37,13 +44,13 @@ def test_counts_kinds_and_balance(part: Part) -> None:
     assert sum(due.values()) >= 300
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_stretch_has_many_tools(part: Part) -> None:
+@pytest.mark.parametrize("part", MINI_PARTS)
+def test_every_stretch_has_many_tools(part: MiniPart) -> None:
     assert len({due_tool(sample) for sample in mini_samples(part)[:40]}) >= len(mini_tool_names(part))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_samples_hang_together(part: Part) -> None:
+@pytest.mark.parametrize("part", MINI_PARTS)
+def test_samples_hang_together(part: MiniPart) -> None:
     names = set(mini_tool_names(part))
     ids = [sample.id for sample in mini_samples(part)]
     assert len(set(ids)) == len(ids)
@@ -61,8 +68,8 @@ def test_samples_hang_together(part: Part) -> None:
             assert path.group() in f"{sample.opening} {sample.request}"
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_have_distinct_samples(part: Part) -> None:
+@pytest.mark.parametrize("part", MINI_PARTS)
+def test_parts_have_distinct_samples(part: MiniPart) -> None:
     seen = {(sample.opening, sample.request, sample.steps) for sample in mini_samples(part)}
     assert len(seen) == len(mini_samples(part))
 
@@ -79,8 +86,8 @@ def test_nothing_of_the_evaluation_stands_in_the_training_part() -> None:
     assert not set(mini_tool_names("unseen")) & set(mini_tool_names("train"))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_requests_use_other_words_than_the_tools(part: Part) -> None:
+@pytest.mark.parametrize("part", MINI_PARTS)
+def test_requests_use_other_words_than_the_tools(part: MiniPart) -> None:
     def words(text: object) -> list[str]:
         return re.findall(r"[a-z0-9']+", str(text).lower())
 
@@ -99,7 +106,7 @@ def test_requests_use_other_words_than_the_tools(part: Part) -> None:
 
 def test_the_build_is_the_same_everywhere() -> None:
     # A change of the data is a change of the benchmark: update these with it, and say so in the change's message.
-    assert {part: mini_fingerprint(part)[:16] for part in PARTS} == FINGERPRINTS
+    assert {part: mini_fingerprint(part)[:16] for part in MINI_PARTS} == FINGERPRINTS
 
 
 def test_unknown_part() -> None:

@@ -222,3 +222,14 @@ class TestDoctor:
         assert report["machine"]["cores"] >= 1 and report["machine"]["cpu_dtype"] in ("bfloat16", "float32")
         assert all(Path(folder).is_dir() for folder in report["content"].values())
         assert "speed" not in report
+
+    def test_the_dtype_is_the_one_that_models_are_loaded_in(
+        self, nothing_is_fetched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for dtype in ("float32", "bfloat16"):
+            monkeypatch.setenv("LORAGEN_AGENTS_DTYPE", dtype)
+            assert cli.main(["doctor", "--no-speed", "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["machine"]["cpu_dtype"] == dtype
+        monkeypatch.setenv("LORAGEN_AGENTS_DTYPE", "half")
+        assert cli.main(["doctor", "--no-speed"]) == 1
+        assert "LORAGEN_AGENTS_DTYPE is 'half': expected auto, bfloat16" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from loragen_agents.bench.gpt4tools_task import file_task
 from loragen_agents.conversation.prompts import TakenStep, Turn
 from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools, taken_steps
-from loragen_agents.data.gpt4tools_mini import PARTS, Part, mini_samples
+from loragen_agents.data.gpt4tools_mini import MINI_PARTS, MiniPart, mini_samples
 from loragen_agents.data.gpt4tools_mini_rows import mini_registry, mini_turns, write_mini
 from loragen_agents.errors import DataError
 
@@ -89,8 +89,8 @@ def test_output_of_several_steps() -> None:
     assert [step.observation for step in taken_steps(text)] == ["image/zyxwvuts.png", ""]
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_mini_is_in_this_format(part: Part, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", MINI_PARTS)
+def test_mini_is_in_this_format(part: MiniPart, tmp_path: Path) -> None:
     path, count = write_mini(part, tmp_path)
     found = read_gpt4tools(path)
     wanted = [

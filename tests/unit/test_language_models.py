@@ -11,7 +11,12 @@ from loragen_agents.errors import ModelLoadError
 from loragen_agents.models import gguf as gguf_conversion
 from loragen_agents.models import language_models
 from loragen_agents.models.fingerprints import tensor_fingerprint
-from loragen_agents.models.language_models import choose_dtype, gated_ffn_layers, load_language_model
+from loragen_agents.models.language_models import (
+    choose_dtype,
+    gated_ffn_layers,
+    load_cloud_model,
+    load_language_model,
+)
 from loragen_agents.support.progress import silent
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
@@ -168,6 +173,20 @@ class TestGguf:
         assert "quantization_config" in gguf_conversion._unpacked()
         monkeypatch.setattr(gguf_conversion.transformers, "GgufConfig", None)
         assert gguf_conversion._unpacked() == {}
+
+
+class TestCloudModel:
+    def test_one_model_on_both_sides_is_loaded_once(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LORAGEN_AGENTS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        edge = load_language_model(folder, device="cpu", progress=silent)
+        for name in (None, str(folder), folder.name):
+            assert load_cloud_model(name, edge, device="cpu", progress=silent) is edge
+        other = save_tiny_model(tmp_path / "other", seed=1)
+        cloud = load_cloud_model(str(other), edge, device="cpu", dtype="bfloat16", progress=silent)
+        assert cloud.fingerprint == tensor_fingerprint(other) and cloud.dtype == torch.bfloat16
 
 
 class TestDevicesAndDtypes:

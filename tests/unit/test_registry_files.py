@@ -175,6 +175,14 @@ class TestWriting:
         assert again["yes"].argument_names == ("b", "a")
         assert [entry.name for entry in tmp_path.iterdir()] == ["tools.yaml"]
 
+    @pytest.mark.parametrize("line_break", ["\n", "\r\n", "\x85", "\u2028", "\u2029"])
+    def test_line_breaks_round_trip(self, tmp_path: Path, line_break: str):
+        text = f"two{line_break}lines"
+        schema = {"properties": {text: {"type": "string", "examples": [line_break, f"{line_break}{text} "]}}}
+        registry = ToolRegistry([Tool(name="f", description=text, parameters=schema)])
+        registry.to_yaml(tmp_path / "tools.yaml")
+        assert ToolRegistry.from_yaml(tmp_path / "tools.yaml") == registry
+
     @given(name=st.text(), description=st.text(), values=st.lists(st.text() | st.integers() | st.booleans()))
     def test_any_text_round_trips(self, tmp_path_factory, name: str, description: str, values: list):
         try:

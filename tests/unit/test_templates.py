@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from loragen_agents.cli import main
+from loragen_agents.data.argument_values import fits_type, states
 from loragen_agents.data.records import (
     Call,
     CallRecord,
     DataSet,
     ToolRecord,
     check_calls,
-    fits_type,
     load_data,
-    states,
     write_data,
 )
 from loragen_agents.data.templates import MIN_TEMPLATES, build_computer_tools, read_computer_tools

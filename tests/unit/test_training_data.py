@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 
 from loragen_agents.cli import main
+from loragen_agents.data.argument_values import fits_type, states
 from loragen_agents.data.records import (
     Call,
     CallRecord,
     DataSet,
     ToolRecord,
-    fits_type,
     load_data,
-    read_calls,
-    read_tools,
+    read_call_records,
+    read_tool_records,
     repair,
-    states,
     write_data,
 )
 from loragen_agents.errors import DataError
@@ -85,7 +84,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_a_damaged_tool_is_named_by_file_and_row(tmp_path, row, complaint):
     path = write_lines(tmp_path / "tools.jsonl", TOOL, "", row)
     with pytest.raises(DataError) as error:
-        read_tools(path)
+        read_tool_records(path)
     assert f"{path}, row 3: " in str(error.value)
     assert complaint in str(error.value)
 
@@ -105,10 +104,10 @@ def test_a_damaged_tool_is_named_by_file_and_row(tmp_path, row, complaint):
     ],
 )
 def test_a_damaged_request_is_named_by_file_and_row(tmp_path, row, complaint):
-    tools = read_tools(write_lines(tmp_path / "tools.jsonl", TOOL))
+    tools = read_tool_records(write_lines(tmp_path / "tools.jsonl", TOOL))
     path = write_lines(tmp_path / "calls_train.jsonl", CALL, row)
     with pytest.raises(DataError) as error:
-        read_calls(path, tools)
+        read_call_records(path, tools)
     assert f"{path}, row 2: " in str(error.value)
     assert complaint in str(error.value)
 
@@ -121,7 +120,7 @@ def test_missing_files_and_other_encodings_are_named(tmp_path):
         load_data(tmp_path)
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(DataError, match="not UTF-8 text"):
-        read_tools(path)
+        read_tool_records(path)
 
 
 def test_two_data_sets_join_unless_they_define_a_tool_differently():

@@ -84,8 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench import everyday_calls
     from loragen_agents.bench.calls import application_task, calls_task, read_data, read_near_duplicates, registry_task
     from loragen_agents.bench.registries import Draw
-    from loragen_agents.commands.options import read_tools
-    from loragen_agents.data.records import read_calls
+    from loragen_agents.commands.options import load_registry
+    from loragen_agents.data.records import read_call_records
     from loragen_agents.errors import DataError
 
     files = [everyday_calls() if name == "everyday" else Path(name) for name in arguments.calls]
@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         if len(arguments.tools) > 1:
             raise DataError("--tools takes one registry, or any number of tools.jsonl files.")
         (name,) = arguments.tools
-        calls = [record for file in files for record in read_calls(file)]
-        fixed = registry_task(read_tools(name), calls, Path(name).stem, choice_only=arguments.choice_only)
+        calls = [record for file in files for record in read_call_records(file)]
+        fixed = registry_task(load_registry(name), calls, Path(name).stem, choice_only=arguments.choice_only)
         return run_task(arguments, engine_of(arguments, "calls", _CALL_TOKENS), fixed)
     data = read_data(map(Path, arguments.tools), files)
     groups = read_near_duplicates(arguments.near_duplicates) if arguments.near_duplicates else []

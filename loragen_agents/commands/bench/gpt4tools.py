@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench.gpt4tools_task import file_task, mini_task
-    from loragen_agents.data.gpt4tools_mini import Part
+    from loragen_agents.data.gpt4tools_mini import MiniPart
 
     if arguments.data:
         task = file_task(arguments.data, tools=arguments.registry, limit=arguments.limit)
     else:
-        parts: tuple[Part, ...] = ("seen", "unseen") if arguments.part == "both" else (arguments.part,)
+        parts: tuple[MiniPart, ...] = ("seen", "unseen") if arguments.part == "both" else (arguments.part,)
         task = mini_task(parts, tools=arguments.registry, limit=arguments.limit)
     longest = _FILE_TOKENS if arguments.data else _MINI_TOKENS
     return run_task(arguments, engine_of(arguments, "gpt4tools", longest), task)

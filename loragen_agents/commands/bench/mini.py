@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from loragen_agents.data.gpt4tools_mini import PARTS
+    from loragen_agents.data.gpt4tools_mini import MINI_PARTS
     from loragen_agents.data.gpt4tools_mini_rows import write_mini
     from loragen_agents.support.console import print_json, say
 
-    written = {part: write_mini(part, arguments.out) for part in PARTS}
+    written = {part: write_mini(part, arguments.out) for part in MINI_PARTS}
     if arguments.json:
         print_json({part: {"file": str(path), "samples": count} for part, (path, count) in written.items()})
         return 0
