@@ -1,8 +1,10 @@
-"""An MCP server with two tools over stdio, for mcp_agent.py: it keeps notes as long as it runs."""
+"""An MCP server with two tools over stdio, for mcp_agent.py and servers.json: it keeps notes as long as it runs."""
 
 from mcp.server.fastmcp import FastMCP
+from mcp.types import ToolAnnotations
 
-server = FastMCP("notes")
+# What it logs goes to the terminal of whoever started it.
+server = FastMCP("notes", log_level="WARNING")
 _notes: list[str] = []
 
 
@@ -13,7 +15,7 @@ def add_note(text: str) -> str:
     return f"Noted: {text}"
 
 
-@server.tool()
+@server.tool(annotations=ToolAnnotations(readOnlyHint=True))
 def count_notes() -> str:
     """Tell how many notes there are."""
     return f"There are {len(_notes)} notes."

@@ -24,7 +24,7 @@ FIGURES = {
 }
 
 
-def call(name: str, **arguments: Any) -> AIMessage:
+def call(name: str, /, **arguments: Any) -> AIMessage:
     """A step that calls a tool."""
     return AIMessage("", tool_calls=[{"name": name, "args": arguments, "id": f"{name}-{len(str(arguments))}"}])
 

@@ -20,7 +20,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from loragen_agents.assistant.permission import Permissions, brings_outside_text
 from loragen_agents.assistant.preview import preview
 from loragen_agents.assistant.results import MODEL_CHARACTERS, Result
-from loragen_agents.assistant.tools.context import Context
+from loragen_agents.assistant.tools.context import Context, ToolError
 from loragen_agents.assistant.turns import ToolCall, Turn, history, remembered, shown_of
 from loragen_agents.errors import LoRAGenError
 
@@ -202,13 +202,14 @@ class _Watch(AgentMiddleware):
         artifact = message.artifact
         call.shown = shown_of(artifact)
         if brings_outside_text(tool) or (isinstance(artifact, Result) and artifact.outside):
-            self.outside_text = call.outside = True
+            call.outside = True
+        self.outside_text |= call.outside
         self.show(CallEnds(call))
         return message
 
     def _refused(self, call: ToolCall) -> None:
         if self.assistant.permissions.ask is None:
-            why = "comes after text from a file or server" if self.outside_text else "may change something"
+            why = "comes after text that others may have written" if self.outside_text else "may change something"
             reason = f"{call.tool} {why}, so it asks first; nobody can be asked here. Add --yes to allow it."
         else:
             reason = "Not done, as you said no."
@@ -225,6 +226,7 @@ class _Watch(AgentMiddleware):
         except asyncio.TimeoutError:
             return self._message(request, call, f"{call.tool} took longer than {self.assistant.tool_seconds:g} s", True)
         except ToolException as error:
+            call.outside = isinstance(error, ToolError) and error.outside
             return self._message(request, call, str(error), True)
         except Exception as error:  # a tool may fail in any way; the turn goes on with its error as an observation
             return self._message(request, call, f"{type(error).__name__}: {error}", True)

@@ -31,7 +31,6 @@ from loragen_agents.assistant.slash import SlashCommands
 from loragen_agents.assistant.tools.store import Entry
 from loragen_agents.assistant.turns import Turn
 from loragen_agents.errors import LoRAGenError
-from loragen_agents.support.console import visible
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -131,11 +130,10 @@ class Dialogue:
         """Ask about a call that changes something; anything but a clear yes is a no."""
         if why:
             self.screen.line(f"Asked because {why}.", "yellow")
+        question = self.screen.question(f"Run {tool.name}? [y]es, [n]o, [a]lways, [s]how what it would do:")
         while True:
             try:
-                reply = await self._question.prompt_async(
-                    f"    Run {visible(tool.name)}? [y]es, [n]o, [a]lways, [s]how what it would do: "
-                )
+                reply = await self._question.prompt_async(question)
             except (EOFError, KeyboardInterrupt):
                 return "no"
             word = reply.strip().lower()

@@ -8,6 +8,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
@@ -19,12 +20,16 @@ MAX_TOKENS = 200
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which models and generator to load; None: the default edge LM, and the edge LM itself as the cloud LM."""
+    """Which models and generator to load; None: the default edge LM, and the edge LM itself as the cloud LM.
+
+    dtype: of both LMs, as `load_language_model` takes it.
+    """
 
     edge: str | None = None
     cloud: str | None = None
     generator: str = "default"
     device: str = "auto"
+    dtype: str = "auto"
 
 
 def load_chat_model(choice: ModelChoice) -> BaseChatModel:
@@ -39,12 +44,13 @@ def load_chat_model(choice: ModelChoice) -> BaseChatModel:
     from loragen_agents.specialization.cloud import is_service
     from loragen_agents.support.progress import silent
 
-    edge = load_language_model(choice.edge or DEFAULT_MODEL, device=choice.device, progress=silent)
+    load = partial(load_language_model, device=choice.device, dtype=choice.dtype, progress=silent)
+    edge = load(choice.edge or DEFAULT_MODEL)
     if is_service(choice.cloud):
         return LoRAGenChatModel(model=edge, cloud=choice.cloud, max_tokens=MAX_TOKENS)
     cloud = edge
     if choice.cloud is not None and choice.cloud != edge.name:
-        cloud = load_language_model(choice.cloud, device=choice.device, progress=silent)
+        cloud = load(choice.cloud)
     generator = LoRAGenerator.load(choice.generator, cloud=cloud, edge=edge)
     return LoRAGenChatModel(model=edge, cloud=cloud, generator=generator, max_tokens=MAX_TOKENS)
 

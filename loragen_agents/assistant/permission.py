@@ -1,9 +1,9 @@
 """Which calls may run: those that change something ask first.
 
 The rule, whatever the model was talked into: a tool that changes or deletes runs only when the user says so. In a turn
-in which text from outside (a file, a server) has been read, tools that add something (notes, timers, pictures) ask as
-well, and an earlier "always" does not count: what such a text asks for is asked about. Tools that were not made for the
-assistant ask unless they say that they only read.
+in which text from outside (a file or its name, a note, a server) has been read, tools that add something (notes,
+timers, pictures) ask as well, and an earlier "always" does not count: what such a text asks for is asked about. Tools
+that were not made for the assistant ask unless they say that they only read.
 """
 
 from collections.abc import Awaitable, Callable
@@ -45,7 +45,7 @@ class Permissions:
         if self.ask is None:
             return "refuse"
         again = tool.name in self.always or not asks_first(tool)
-        why = "text from a file or server was read in this turn or the last" if again else ""
+        why = "text that others may have written was read in this turn or the last" if again else ""
         reply = await self.ask(tool, arguments, why)
         if reply == "always":
             self.always.add(tool.name)

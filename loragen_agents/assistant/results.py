@@ -32,7 +32,7 @@ class Result:
 
     text: for the model: one or few sentences, or the words that were asked for.
     shown: the whole of it for the user, where that is more than `text`.
-    outside: whether it holds words from outside (files, servers), which may try to give orders.
+    outside: whether it holds words from outside (in files, their names, notes, servers), which may try to give orders.
     """
 
     text: str

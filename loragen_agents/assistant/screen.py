@@ -6,6 +6,7 @@ colours or stand for markup. Without a terminal the same lines come out plain.
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,19 +64,25 @@ class Screen:
     def figures_line(self, turn: Turn) -> str:
         facts = turn.figures
         full = facts.prompt_tokens + facts.definition_tokens
-        return f" {self.dot} ".join(
-            (
-                f"{facts.prompt_tokens} prompt tokens, not {full:,}",
-                f"first token {facts.first_token_ms:.0f} ms",
-                f"turn {_milliseconds(facts.turn_ms)}",
-            )
+        parts = (
+            f"{facts.prompt_tokens} prompt tokens, not {full:,}",
+            f"first token {facts.first_token_ms:.0f} ms",
+            f"turn {_milliseconds(facts.turn_ms)}",
         )
+        # A number and its unit stay on one line.
+        whole = (part.replace(" ", "\u00a0") for part in parts)
+        return _wrapped(f" {self.dot} ".join(whole), self.console.width - _INDENT).replace("\u00a0", " ")
 
     # Anything else
 
     def line(self, text: str, style: str = "") -> None:
         """A line of our own or of anybody's, wrapped at words."""
         self.put(Text(visible(text), style=style))
+
+    def question(self, text: str) -> str:
+        """A question for the line editor, which would break it inside words; there is room for a short reply."""
+        indent = " " * (_INDENT + 2)
+        return _wrapped(visible(text), self.console.width - 8, indent) + " "
 
     def put(self, renderable: RenderableType, indent: int = _INDENT) -> None:
         self.console.print(Padding(renderable, (0, 0, 0, indent), expand=False))
@@ -99,7 +106,7 @@ class Screen:
         for name, value in call.arguments.items():
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             text.append(f"  {visible(name)}: ", style="dim")
-            text.append(visible(_shortened(shown)), style="cyan")
+            text.append(visible(_shortened(shown, max(20, min(60, self.console.width - 24)))), style="cyan")
         self.put(text)
 
     def _result(self, call: ToolCall) -> None:
@@ -110,7 +117,7 @@ class Screen:
             self._aside(Text(f"Error: {visible(call.text)}", style="red"), took)
         elif isinstance(call.shown, Table):
             self.rows(call.shown.columns, call.shown.rows)
-            self.put(Text(f"{len(call.shown.rows)} rows, {took}", style="dim"), _INDENT + 2)
+            self._counted(len(call.shown.rows), "row", took)
         elif isinstance(call.shown, Document):
             self._document(call.shown, took)
         else:
@@ -127,7 +134,10 @@ class Screen:
         shown = Markdown(text, hyperlinks=False) if document.markdown and not self.ascii else Text(text)
         self.put(shown, _INDENT + 2)
         lines = document.text.count("\n") + 1 if document.text else 0
-        self.put(Text(f"{lines} {'line' if lines == 1 else 'lines'}, {took}", style="dim"), _INDENT + 2)
+        self._counted(lines, "line", took)
+
+    def _counted(self, number: int, word: str, took: str) -> None:
+        self.put(Text(f"{number} {word if number == 1 else f'{word}s'}, {took}", style="dim"), _INDENT + 2)
 
 
 class _Wrapper:
@@ -193,7 +203,11 @@ def turn_json(turn: Turn) -> dict[str, Any]:
     return {"kind": "answer", **{name: whole[name] for name in ("answer", "ending", "reason", "figures")}}
 
 
-def _shortened(text: str, length: int = 60) -> str:
+def _wrapped(text: str, width: int, indent: str = "") -> str:
+    return textwrap.fill(text, max(20, width), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _shortened(text: str, length: int) -> str:
     folded = " ".join(text.split())
     return folded if len(folded) <= length else f"{folded[: length - 3]}..."
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loragen_agents.commands.options import add_device_options
+
 if TYPE_CHECKING:
     from loragen_agents.assistant.agent import Assistant
     from loragen_agents.assistant.loading import ModelChoice
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cloud", metavar="MODEL", help="the LM that reads the definitions (the edge LM), or a service's URL"
     )
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_device_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _fail(arguments, wrong)
     from loragen_agents.assistant.loading import ModelChoice, fetch_models
 
-    choice = ModelChoice(arguments.edge, arguments.cloud, arguments.generator, arguments.device)
+    choice = ModelChoice(arguments.edge, arguments.cloud, arguments.generator, arguments.device, arguments.dtype)
     if not arguments.json:
         fetch_models(choice)
     return asyncio.run(_run(arguments, requests, choice))

@@ -33,6 +33,11 @@ def add_specialization_options(parser: argparse.ArgumentParser) -> None:
         "--cloud", metavar="MODEL", help="the LM that reads the definitions (the edge LM), or the URL of a service"
     )
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --dtype."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument(
         "--dtype",

@@ -61,9 +61,10 @@ _TOOL_HEAD = re.compile(r"\s*yes[ \t]*[.!]?\s+action:", re.IGNORECASE)
 _INPUT_HEAD = re.compile(r"([^\n]*)\n\s*action input:", re.IGNORECASE)
 _ANSWER_HEAD = re.compile(r"\s*no[ \t]*[.!]?\s+ai:", re.IGNORECASE)
 # Where an input or an answer ends although the model wrote on: it must not write the tool's report or the next thought.
-# An answer may have a line that begins with "Observation:", so only the whole question ends it.
+# An answer may have a line that begins with "Observation:", so of a thought only the whole question ends it. It is also
+# over where another answer begins: small models repeat the first one.
 _INPUT_ENDS = (OBSERVATION_STOP, "\nThought:")
-_ANSWER_ENDS = (f"\n{THOUGHT_QUESTION}",)
+_ANSWER_ENDS = (f"\n{THOUGHT_QUESTION}", ANSWER)
 
 
 @dataclass(frozen=True)

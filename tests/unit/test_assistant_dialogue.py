@@ -24,6 +24,7 @@ from loragen_agents.assistant.loading import Loading
 from loragen_agents.assistant.screen import Screen
 from loragen_agents.assistant.sessions import Sessions
 from loragen_agents.assistant.tools.catalog import chosen_tools
+from loragen_agents.assistant.turns import Figures, Turn
 from loragen_agents.errors import ModelLoadError
 from tests.scripted_chat import NOW, ScriptedChatModel, call, scripted, tool_context
 
@@ -217,6 +218,28 @@ def test_long_answers_break_at_words(context, keyboard, width):
     lines = shown.splitlines()
     assert max(map(len, lines)) <= width and "  - one" in lines
     assert answer.strip() in " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_questions_and_figures_break_between_words(width):
+    written = io.StringIO()
+    screen = Screen(Console(width=width, file=written))
+    text = "Run Edge Detection On Image? [y]es, [n]o, [a]lways, [s]how what it would do:"
+    question = screen.question(text).split("\n")
+    assert " ".join(question).split() == text.split()
+    assert all(line.startswith("    ") and len(line) < width - 6 for line in question) and question[-1].endswith(": ")
+    figures = Figures(prompt_tokens=131, definition_tokens=1700, first_token_ms=112, turn_ms=11348)
+    screen.turn_ends(Turn("Hi", answer="Hello", figures=figures))
+    shown = written.getvalue().splitlines()
+    assert all(len(line) <= width for line in shown) and len(shown) == (2 if width < 80 else 1)
+    assert "turn 11.3 s" in shown[-1] and any("first token 112 ms" in line for line in shown)
+
+
+def test_a_long_argument_leaves_room_for_its_name(context, keyboard):
+    path = "folder/" * 20
+    shown, _ = talk(context, keyboard, scripted(call("read_file", path=path), "No."), "Read it", width=60)
+    (line,) = [line for line in shown.splitlines() if "* read_file" in line]
+    assert "  path: folder/" in line and line.endswith("...")
 
 
 def test_completion(context):

@@ -3,12 +3,15 @@
 import asyncio
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loragen_agents import cli
+from loragen_agents.assistant import loading
 from loragen_agents.assistant.agent import Assistant
 from loragen_agents.assistant.own_tools import python_tools, read_servers, read_tools, server_tools
 from loragen_agents.assistant.permission import Permissions, asks_first
@@ -181,6 +184,19 @@ def test_a_server_that_can_not_be_started_is_named(tmp_path):
 
     with pytest.raises(RegistryError, match="MCP server 'gone' can't be used"):
         asyncio.run(start())
+
+
+def test_the_readmes_line_with_a_server(tmp_path, monkeypatch, capsys):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith("loragen-agents chat") and "--mcp" in line]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LORAGEN_AGENTS_DATA", str(tmp_path))
+    monkeypatch.setattr(loading, "fetch_models", lambda choice: None)
+    monkeypatch.setattr(loading, "load_chat_model", lambda choice: scripted(call("count_notes"), "None yet."))
+    assert cli.main(shlex.split(line)[1:]) == 0
+    said = capsys.readouterr().out
+    assert "There are 0 notes." in said and "None yet." in said
 
 
 def test_the_readmes_example(context, tmp_path):

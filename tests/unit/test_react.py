@@ -113,6 +113,8 @@ class TestAnswers:
             (" No\nAI: The report says:\nObservation: all well", "The report says:\nObservation: all well"),
             (f" No\nAI: Done.\n{THOUGHT_QUESTION} Yes\nAction: today", "Done."),
             (f" No\nAI: Done.\n{THOUGHT_QUESTION[:-1]}", f"Done.\n{THOUGHT_QUESTION[:-1]}"),
+            (" No\nAI: 36.\nAI: 36.\nAI: 36.", "36."),
+            (" No\nAI: An AI: software.\nAIs: many", "An AI: software.\nAIs: many"),
             (" No\nAI: Yes\nAction: today\nAction Input: ", "Yes\nAction: today\nAction Input:"),
         ],
         ids=repr,
@@ -224,6 +226,11 @@ class TestStream:
         assert reader.finished
         assert joined(events, AnswerDelta) == "Done."
 
+    def test_an_answer_that_begins_again_is_over(self):
+        reader, events = stream(" No\nAI: It is 36.\nAI: It is 36.\nAI:", JSON, [20, 24, 30])
+        assert reader.finished
+        assert joined(events, AnswerDelta) == "It is 36."
+
     def test_an_unknown_tool_raises_no_events(self):
         reader, events = stream(call("nothing", "5"), CSV, [])
         assert events == []
@@ -290,7 +297,11 @@ def test_streaming_reads_what_the_whole_reads(text: str, registry: ToolRegistry,
         assert events == []
 
 
-@given(answer=st.text().map(str.strip).filter(lambda text: f"\n{THOUGHT_QUESTION}" not in f"\n{text}"))
+def ends_an_answer(text: str) -> bool:
+    return any(f"\n{line}" in f"\n{text}" for line in (THOUGHT_QUESTION, "AI:"))
+
+
+@given(answer=st.text().map(str.strip).filter(lambda text: not ends_an_answer(text)))
 def test_answers_round_trip(answer: str):
     assert parse_step(answer_text(answer), CSV) == Answer(answer)
 

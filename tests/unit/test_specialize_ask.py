@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
 from loragen_agents import ToolRegistry, cli
+from loragen_agents.assistant import loading
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.models.language_models import load_language_model
@@ -58,6 +60,20 @@ def test_specialize_writes_what_peft_loads(options, tmp_path, capsys):
     with torch.inference_mode():
         torch.testing.assert_close(loaded(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(tiny_model()(tokens).logits, merged(tokens).logits, atol=1e-2)
+
+
+def test_chat_decodes_in_the_dtype_that_is_asked_for(options, tmp_path, monkeypatch):
+    used: list[Any] = []
+    load = loading.load_chat_model
+
+    def watched(choice: Any) -> Any:
+        used.append(load(choice))
+        return used[-1]
+
+    monkeypatch.setattr(loading, "load_chat_model", watched)
+    monkeypatch.setenv("LORAGEN_AGENTS_DATA", str(tmp_path / "data"))
+    cli.main(["chat", *options, "--root", str(tmp_path), "--max-steps", "1", "--json", "Hello"])
+    assert [str(model.model.dtype) for model in used] == [f"torch.{options[-1]}"]
 
 
 def test_an_empty_out_is_not_the_current_folder(options, tmp_path, capsys, monkeypatch):

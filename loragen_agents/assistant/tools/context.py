@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 
 class ToolError(ToolException):
-    """A tool can't do what it was asked to do; the text says why, to the model and to the user."""
+    """A tool can't do what it was asked to do; the text says why, to the model and to the user.
+
+    outside: whether the text names what is there (files, columns, notes), in words that anybody may have chosen.
+    """
+
+    def __init__(self, text: str, *, outside: bool = False) -> None:
+        super().__init__(text)
+        self.outside = outside
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Folder:
         if not path.is_file():
             near = self._near(path)
             hint = f"; there is {', '.join(near)}" if near else ""
-            raise ToolError(f"there is no file {self.name(path)}{hint}")
+            raise ToolError(f"there is no file {self.name(path)}{hint}", outside=bool(near))
         return path
 
     def directory(self, given: str) -> Path:

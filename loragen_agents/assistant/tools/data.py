@@ -37,7 +37,7 @@ def tools(context: Context) -> dict[str, Callable[..., Result]]:
         found = [row for row in rows if row[place].strip().casefold() == wanted]
         found = found or [row for row in rows if wanted in row[place].casefold()]
         if not found:
-            return Result(f"No row has {value} as its {columns[place]}.")
+            return Result(f"No row has {value} as its {columns[place]}.", outside=True)
         left_out = f"; the first {MAX_ROWS} are shown" if len(found) > MAX_ROWS else ""
         summary = f"{len(found)} of {len(rows)} rows ({', '.join(columns)}){left_out}:"
         return table_result(summary, columns, [tuple(row) for row in found[:MAX_ROWS]], outside=True)
@@ -47,10 +47,10 @@ def tools(context: Context) -> dict[str, Callable[..., Result]]:
         place = _column(columns, column)
         if operation == "count":
             filled = sum(bool(row[place].strip()) for row in rows)
-            return Result(f"{filled} of {len(rows)} rows have a {columns[place]}.")
+            return Result(f"{filled} of {len(rows)} rows have a {columns[place]}.", outside=True)
         values = [number for row in rows if (number := _number(row[place])) is not None]
         if not values:
-            raise ToolError(f"the column {columns[place]} has no numbers")
+            raise ToolError(f"the column {columns[place]} has no numbers", outside=True)
         worked_out = {
             "sum": sum(values),
             "average": sum(values) / len(values),
@@ -62,7 +62,7 @@ def tools(context: Context) -> dict[str, Callable[..., Result]]:
         skipped = len(rows) - len(values)
         note = f", {skipped} without one" if skipped else ""
         value = number_text(float(f"{worked_out[operation]:.12g}"))
-        return Result(f"The {operation} of {columns[place]} is {value} ({len(values)} numbers{note}).")
+        return Result(f"The {operation} of {columns[place]} is {value} ({len(values)} numbers{note}).", outside=True)
 
     def look_up_json(path: str, key: str) -> Result:
         file = folder.file(path)
@@ -107,7 +107,7 @@ def _column(columns: tuple[str, ...], wanted: str) -> int:
     singular = [place for place, column in enumerate(plain) if column.rstrip("s") == text.rstrip("s")]
     if len(singular) == 1 or len(near) == 1:
         return (singular or near)[0]
-    raise ToolError(f"there is no column {wanted!r}; there are {', '.join(columns)}")
+    raise ToolError(f"there is no column {wanted!r}; there are {', '.join(columns)}", outside=True)
 
 
 def _number(cell: str) -> float | None:
@@ -131,7 +131,8 @@ def _inner(value: Any, part: str, key: str) -> Any:
         if len(same) == 1:
             return value[same[0]]
         raise ToolError(
-            f"there is no key {part!r} in {key!r}; there are {', '.join(map(str, list(value)[:20])) or 'none'}"
+            f"there is no key {part!r} in {key!r}; there are {', '.join(map(str, list(value)[:20])) or 'none'}",
+            outside=True,
         )
     if isinstance(value, list) and part.lstrip("-").isdigit() and -len(value) <= int(part) < len(value):
         return value[int(part)]

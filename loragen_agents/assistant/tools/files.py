@@ -37,7 +37,10 @@ def tools(context: Context) -> dict[str, Callable[..., Result]]:
         if not found:
             return Result(f"No file is called {name}.")
         return table_result(
-            f"{_count(len(found), 'file')}:", ("Name", "Size", "Changed"), [_row(folder, p) for p in found]
+            f"{_count(len(found), 'file')}:",
+            ("Name", "Size", "Changed"),
+            [_row(folder, path) for path in found],
+            outside=True,
         )
 
     def search_files(text: str, folder: str = "") -> Result:
@@ -122,7 +125,7 @@ def _listing(folder: Folder, given: str) -> Result:
     where = "this folder" if start == folder.root else folder.name(start)
     if not rows:
         return Result(f"There are no files in {where}.")
-    return table_result(f"{_count(len(rows), 'file')} in {where}:", ("Name", "Size", "Changed"), rows)
+    return table_result(f"{_count(len(rows), 'file')} in {where}:", ("Name", "Size", "Changed"), rows, outside=True)
 
 
 def _row(folder: Folder, path: Path, start: Path | None = None) -> tuple[str, str, str]:

@@ -1,4 +1,7 @@
-"""Tools for notes, the to-do list, reminders and timers. Where they are kept is the part of `store`."""
+"""Tools for notes, the to-do list, reminders and timers. Where they are kept is the part of `store`.
+
+What was kept may be the words of others, who sent them to the user: results that repeat it are text from outside.
+"""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -27,7 +30,7 @@ def note_tools(context: Context) -> dict[str, Callable[..., Result]]:
     def delete_note(note: str) -> Result:
         entry = store.find("note", note)
         store.delete(entry)
-        return Result(f"Deleted the note: {entry.text}")
+        return Result(f"Deleted the note: {entry.text}", outside=True)
 
     return {tool.__name__: tool for tool in (take_note, list_notes, search_notes, delete_note)}
 
@@ -46,12 +49,12 @@ def task_tools(context: Context) -> dict[str, Callable[..., Result]]:
         entry = store.find("task", task)
         store.close(entry, now())
         left = len(store.open_entries("task"))
-        return Result(f"Done: {entry.text} ({left} left)")
+        return Result(f"Done: {entry.text} ({left} left)", outside=True)
 
     def delete_task(task: str) -> Result:
         entry = store.find("task", task)
         store.delete(entry)
-        return Result(f"Removed from the list: {entry.text}")
+        return Result(f"Removed from the list: {entry.text}", outside=True)
 
     return {tool.__name__: tool for tool in (add_task, list_tasks, complete_task, delete_task)}
 
@@ -77,7 +80,7 @@ def reminder_tools(context: Context) -> dict[str, Callable[..., Result]]:
     def delete_reminder(reminder: str) -> Result:
         entry = store.find("reminder", reminder)
         store.delete(entry)
-        return Result(f"Cancelled the reminder: {entry.text}")
+        return Result(f"Cancelled the reminder: {entry.text}", outside=True)
 
     return {tool.__name__: tool for tool in (add_reminder, list_reminders, delete_reminder)}
 
@@ -96,12 +99,12 @@ def timer_tools(context: Context) -> dict[str, Callable[..., Result]]:
         if not entries:
             return Result("No timer is running.")
         rows = [(e.number, e.text, time_left(e.due - now()) if e.due else "") for e in entries]
-        return table_result(_count(len(entries), "timer"), ("No.", "Timer", "Left"), list(rows))
+        return table_result(_count(len(entries), "timer"), ("No.", "Timer", "Left"), list(rows), outside=True)
 
     def cancel_timer(label: str = "") -> Result:
         entry = store.find("timer", label)
         store.delete(entry)
-        return Result(f"Stopped timer {entry.number} ({entry.text}).")
+        return Result(f"Stopped timer {entry.number} ({entry.text}).", outside=True)
 
     return {tool.__name__: tool for tool in (start_timer, list_timers, cancel_timer)}
 
@@ -123,9 +126,9 @@ def _entries(kind: Kind, entries: list[Entry]) -> Result:
         return Result(f"There are no {kind}s.")
     if kind == "reminder":
         rows = [(e.number, e.text, _when(e.due)) for e in entries]
-        return table_result(_count(len(rows), kind), ("No.", "Reminder", "When"), list(rows))
+        return table_result(_count(len(rows), kind), ("No.", "Reminder", "When"), list(rows), outside=True)
     plain = [(e.number, e.text) for e in entries]
-    return table_result(f"{_count(len(plain), kind)}:", ("No.", kind.capitalize()), list(plain))
+    return table_result(f"{_count(len(plain), kind)}:", ("No.", kind.capitalize()), list(plain), outside=True)
 
 
 def _when(due: datetime | None) -> str:

@@ -94,7 +94,7 @@ class Store:
         if len(found) == 1:
             return found[0]
         listed = "; ".join(f"{entry.number}. {entry.text}" for entry in (found or entries)[:8])
-        raise ToolError(f"{'several' if found else 'no'} {kind}s match {words!r}: {listed}")
+        raise ToolError(f"{'several' if found else 'no'} {kind}s match {words!r}: {listed}", outside=True)
 
     def search(self, kind: Kind, words: str) -> list[Entry]:
         """Entries that hold the words; those that hold all of them if there are any."""

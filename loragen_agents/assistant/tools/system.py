@@ -34,7 +34,8 @@ def tools(context: Context) -> dict[str, Callable[..., Result]]:
         ]
         rows.sort(key=lambda row: (-row[2], -row[3]))
         shown = [(pid, name, f"{cpu:.0f}%", size_text(memory)) for pid, name, cpu, memory in rows[:PROCESSES]]
-        return table_result(f"{len(rows)} processes; the busiest:", ("Process", "Name", "CPU", "Memory"), list(shown))
+        columns = ("Process", "Name", "CPU", "Memory")
+        return table_result(f"{len(rows)} processes; the busiest:", columns, list(shown), outside=True)
 
     def _cpu(process: "psutil.Process") -> float:
         try:
