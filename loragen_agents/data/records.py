@@ -2,8 +2,8 @@
 
 A data folder holds `tools.jsonl`, or a `tools_SOURCE.jsonl` for each source (`id`, `name`, `description`, `domain`,
 `source`, `split`, `parameters`), and any number of `calls_*.jsonl` (`query`, `calls`: a list of `tool` id and
-`arguments` in order, `source`, `split`). This module reads, writes and repairs those records. It knows nothing of
-registries, prompts or models.
+`arguments` in order, `source`, `split`). This module reads, writes and repairs those records. It knows what
+a tool is; nothing of registries, prompts or models.
 """
 
 import json
@@ -17,6 +17,7 @@ import yaml
 
 from loragen_agents.data.argument_values import coerced, fits_type, states
 from loragen_agents.errors import DataError
+from loragen_agents.registry import Tool
 from loragen_agents.support.files import replacing
 from loragen_agents.support.json_lines import json_lines
 
@@ -45,6 +46,14 @@ class ToolRecord:
     def required(self) -> tuple[str, ...]:
         """Names of the arguments that every call gives."""
         return tuple(self.parameters.get("required", ()))
+
+    def as_tool(self) -> Tool:
+        """The tool as a registry has it, under its own names.
+
+        Raises:
+            RegistryError: it is no usable tool.
+        """
+        return Tool(name=self.name, description=self.description, parameters=self.parameters)
 
 
 @dataclass(frozen=True)

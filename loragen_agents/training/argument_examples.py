@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
-from loragen_agents.data.records import Call, CallRecord, DataSet, Split, ToolRecord, repair
+from loragen_agents.data.records import Call, CallRecord, DataSet, Split, repair
 from loragen_agents.data.wording import final_answer, joined_request
 from loragen_agents.registry import Tool
 from loragen_agents.training.argument_recipe import ArgumentRecipe
@@ -67,7 +67,7 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
         rows = [row for _, rows in sorted(own.items()) for row in rng.sample(rows, min(recipe.requests, len(rows)))]
         chosen[key] = rng.sample(rows, min(recipe.of_source, len(rows)))
     called = {call.tool for rows in chosen.values() for row, _ in rows for call in row.calls}
-    tools = {name: _tool(data.tools[name]) for name in sorted(called)}
+    tools = {name: data.tools[name].as_tool() for name in sorted(called)}
     place = {name: index for index, name in enumerate(tools)}
     made: list[ArgumentExample] = []
 
@@ -98,10 +98,6 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
             answer = final_answer([step.observation for step in steps], False, rng)
             add([Turn(first.query, steps, answer), Turn(second.query)], second.calls[0], second)
     return ArgumentExamples(list(tools.values()), [data.tools[name].source for name in tools], made)
-
-
-def _tool(record: ToolRecord) -> Tool:
-    return Tool(name=record.name, description=record.description, parameters=record.parameters)
 
 
 def token_labels(

@@ -2,30 +2,21 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from loragen_agents.models.language_models import DEFAULT_MODEL
+from loragen_agents.training.head_recipe import HeadRunRecipe
 
 
-class ArgumentRecipe(BaseModel):
+class ArgumentRecipe(HeadRunRecipe):
     """One run that trains the argument head of a generator, and nothing else of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     trains: Literal["argument head"] = "argument head"
-    cloud: str = DEFAULT_MODEL
-    edge: str = DEFAULT_MODEL
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    start_from: str = Field("default", description="the generator's folder, or 'default', that gets the head")
-    data: tuple[str, ...] = Field((), description="data folders, as `loragen-agents data build` writes them")
     argument_layers: int = Field(11, ge=1, description="in how many of the edge LM's layers the head looks")
     argument_width: int = Field(128, ge=1, description="numbers in each half of an argument's vector")
     requests: int = Field(16, ge=1, description="requests of each tool, at most")
     of_source: int = Field(2000, ge=1, description="requests of each source, at most")
     joined: int = Field(600, ge=0, description="pairs of requests in one, with the first or the second call due")
     earlier: int = Field(600, ge=0, description="requests behind a turn that was dealt with")
-    max_characters: int = Field(400, ge=10, description="longer requests are left out")
-    steps: int = Field(1200, ge=1)
     step_requests: int = Field(48, ge=1, description="requests of a step, each with the tool that it calls")
     dropped: float = Field(0.3, ge=0, lt=1, description="share of the optional arguments not given that are left out")
     strange: float = Field(0.6, ge=0, le=1, description="share of tools that get arguments of other sources' tools")
@@ -34,4 +25,3 @@ class ArgumentRecipe(BaseModel):
     token_weight: float = Field(0.5, ge=0, description="weight of the loss on what each token stands for")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
-    seed: int = 0

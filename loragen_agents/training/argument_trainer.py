@@ -4,9 +4,6 @@ A step draws requests with the tools that they call; the losses are on whether e
 token stands for. Everything but the head stands still.
 """
 
-import dataclasses
-import hashlib
-import json
 import logging
 import random
 from collections import defaultdict
@@ -23,17 +20,21 @@ from loragen_agents.adapter.argument_reader import Listed
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.data.records import DataSet, load_data
+from loragen_agents.data.records import DataSet
 from loragen_agents.errors import DataError
-from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.argument_head import ArgumentHead, argument_kinds, read_arguments, read_values
-from loragen_agents.models.clone import clone_sharing_tensors
-from loragen_agents.models.language_models import LanguageModel, load_cloud_model, load_language_model
-from loragen_agents.support.files import replacing
+from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.support.progress import Progress, silent
 from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples
 from loragen_agents.training.argument_recipe import ArgumentRecipe
-from loragen_agents.training.head_features import update_with
+from loragen_agents.training.head_runs import (
+    data_of,
+    load_generator,
+    merged_copy,
+    reading_digest,
+    save_run,
+    with_new_head,
+)
 from loragen_agents.training.kept_arrays import KeptArray
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class ReadExamples:
     """What was read of the examples.
 
     values: of all requests' tokens one behind the other, float16, with shape (tokens, layers · value width).
-    starts: of each request, the place of its first token. words: of each tool, as `read_arguments` gives them.
+    starts: of each request, the place of its first token; last where all end.
+    words: of each tool, as `read_arguments` gives them.
     """
 
     values: np.ndarray
@@ -74,15 +76,14 @@ def train_argument_head(
         CheckpointError: the generator is damaged or for another model.
     """
     folder = Path(folder)
-    if data is None and not recipe.data:
-        raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
-    edge = load_language_model(recipe.edge, dtype=recipe.dtype)
-    cloud = load_cloud_model(recipe.cloud, edge, dtype=recipe.dtype)
+    data = data_of(recipe, data)
+    settings = {"argument_layers": recipe.argument_layers, "argument_width": recipe.argument_width}
+    generator = with_new_head(load_generator(recipe), "argument_head", settings)
+    edge = generator.edge
     renderer = shared_renderer(edge.tokenizer)
-    examples = build_argument_examples(data or load_data(*recipe.data), renderer, recipe)
+    examples = build_argument_examples(data, renderer, recipe)
     if not any(one.split == "train" for one in examples.requests):
         raise DataError("the data has no requests of split train that call a tool with arguments")
-    generator = _with_argument_head(LoRAGenerator.load(recipe.start_from, cloud, edge), recipe)
     assert generator.argument_head is not None
     folder.mkdir(parents=True, exist_ok=True)
     head = generator.argument_head.head
@@ -91,27 +92,7 @@ def train_argument_head(
     torch.manual_seed(recipe.seed)
     fit_argument_head(head, read, examples, recipe, progress)
     scores = argument_scores(head, read, examples)
-    logger.info("scores: %s", json.dumps(scores))
-    generator.notes = {**generator.notes, "argument_head": {"requests": len(examples.requests), **scores}}
-    generator.save(folder / "weights", dtype=torch.bfloat16)
-    with replacing(folder / "scores.json") as temporary:
-        temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    return folder / "weights"
-
-
-def _with_argument_head(source: LoRAGenerator, recipe: ArgumentRecipe) -> LoRAGenerator:
-    """The same generator with a new argument head in the place of the one it may have."""
-    config = dataclasses.replace(
-        source.config, argument_layers=recipe.argument_layers, argument_width=recipe.argument_width
-    )
-    made = LoRAGenerator(config, source.cloud, source.edge)
-    own = made.own_tensors()
-    with torch.no_grad():
-        for name, tensor in source.own_tensors().items():
-            if not name.startswith("argument_head."):
-                own[name].copy_(tensor)
-    made.notes = dict(source.notes)
-    return made
+    return save_run(generator, folder, "argument_head", len(examples.requests), scores)
 
 
 def read_examples(
@@ -124,9 +105,7 @@ def read_examples(
     progress: Progress,
 ) -> ReadExamples:
     """Read all requests and tools; arguments as `train_argument_head` has them."""
-    model = clone_sharing_tensors(edge.model)
-    # Merged, the experts cost nothing; the clone leaves the edge LM as it is.
-    beside.merge_into(model)
+    model = merged_copy(edge, beside)
     words = []
     for begin in range(0, len(examples.tools), _BLOCK):
         progress(f"Reading the arguments of {len(examples.tools)} tools", begin / len(examples.tools))
@@ -135,9 +114,8 @@ def read_examples(
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
-    digest = hashlib.sha256(json.dumps([rows, list(layers), edge.fingerprint]).encode())
-    update_with(digest, beside)
-    kept = KeptArray(folder, "values", (starts[-1], words[0].shape[-1]), digest.hexdigest())
+    digest = reading_digest(rows, layers, edge, beside)
+    kept = KeptArray(folder, "values", (starts[-1], words[0].shape[-1]), digest)
     first = starts.index(kept.done) if kept.done else 0
     for begin in range(first, len(rows), _BLOCK):
         progress(f"Reading {len(rows)} requests", begin / len(rows))
@@ -145,7 +123,7 @@ def read_examples(
         end = min(begin + _BLOCK, len(rows))
         kept.array[starts[begin] : starts[end]] = block.half().cpu().numpy()
         kept.keep(starts[end])
-    return ReadExamples(kept.array, starts[:-1], words)
+    return ReadExamples(kept.array, starts, words)
 
 
 @dataclass(frozen=True)
@@ -210,9 +188,9 @@ def fit_argument_head(
 
 def _standardise(head: ArgumentHead, read: ReadExamples, train: Sequence[int], rng: random.Random) -> None:
     """Set the head's means and deviations from what was read."""
-    ends = [*read.starts[1:], len(read.values)]
     some = sorted(rng.sample(train, min(_SAMPLE, len(train))))
-    tokens = torch.cat([torch.from_numpy(read.values[read.starts[n] : ends[n]].astype(np.float32)) for n in some])
+    values = np.concatenate([read.values[read.starts[n] : read.starts[n + 1]] for n in some])
+    tokens = torch.from_numpy(values.astype(np.float32))
     words = torch.cat(read.words).float()
     for module, x in ((head.reader, tokens), (head, words)):
         module.mean.copy_(x.mean(dim=0))

@@ -83,7 +83,7 @@ def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
             alike[member] |= members
     for key in kept:
         tool = data.tools[key]
-        texts = request_texts(Tool(name=tool.name, description=tool.description, parameters=tool.parameters))
+        texts = request_texts(tool.as_tool())
         made.tools.append(tool)
         made.tool_texts.append([made.add(Turn(texts[kind])) if kind in texts else -1 for kind in TextKind])
     names = (invented_name(rng, rng.choice(STYLES)) for _ in range(recipe.invented_names))
@@ -121,7 +121,7 @@ def _later(
             if second.calls[0].tool != calls[0].tool:
                 request, calls = joined_request(first.query, second.query, rng), [*calls, *second.calls]
         taken = rng.choice([1, 1, len(calls), len(calls), rng.randint(0, len(calls))]) if calls else 0
-        own = {call.tool: _tool(tools[call.tool]) for call in calls[:taken]}
+        own = {call.tool: tools[call.tool].as_tool() for call in calls[:taken]}
         steps = taken_steps(own, calls[:taken], rng)
         if steps is not None:
             found.append((Turn(request, steps), [call.tool for call in calls[taken:]], first))
@@ -139,7 +139,3 @@ def taken_steps(tools: Mapping[str, Tool], calls: Sequence[Call], rng: random.Ra
             return None
         steps.append(TakenStep(tool.name, written, tool_result(tool.name, tool.description, arguments, rng)))
     return tuple(steps)
-
-
-def _tool(record: ToolRecord) -> Tool:
-    return Tool(name=record.name, description=record.description, parameters=record.parameters)

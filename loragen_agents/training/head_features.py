@@ -4,8 +4,6 @@ Reading takes most of a head's training; it can be stopped and goes on where it 
 is learnt from the activations is `head_trainer`'s business.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.generator.tool_head import PLACES, request_row
 from loragen_agents.generator.tool_reading import captured_at
-from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.support.progress import Progress
+from loragen_agents.training.head_runs import merged_copy, reading_digest
 from loragen_agents.training.kept_arrays import KeptArray
 
 _BLOCK = 256
@@ -46,12 +44,8 @@ def read_features(
     rows = [request_row(renderer, turn) for turn in texts]
     width = edge.model.config.get_text_config().intermediate_size
     shape = (len(rows), PLACES * len(layers), width)
-    digest = hashlib.sha256(json.dumps([rows, list(layers), edge.fingerprint]).encode())
-    update_with(digest, beside)
-    kept = KeptArray(folder, "features", shape, digest.hexdigest())
-    model = clone_sharing_tensors(edge.model)
-    # Merged, the experts cost nothing; the clone leaves the edge LM as it is.
-    beside.merge_into(model)
+    kept = KeptArray(folder, "features", shape, reading_digest(rows, layers, edge, beside))
+    model = merged_copy(edge, beside)
     for begin in range(kept.done, len(rows), _BLOCK):
         progress(f"Reading {len(rows)} texts", begin / len(rows))
         block = captured_at(model, layers, rows[begin : begin + _BLOCK])
@@ -59,12 +53,6 @@ def read_features(
             kept.array[begin + offset] = activations.transpose(0, 1).flatten(0, 1).half().cpu().numpy()
         kept.keep(min(begin + _BLOCK, len(rows)))
     return kept.array
-
-
-def update_with(digest: "hashlib._Hash", weights: LoRAWeights) -> None:
-    """Add the bytes of weights to a digest."""
-    for a, b in weights.tensors.values():
-        digest.update(a.float().cpu().numpy().tobytes() + b.float().cpu().numpy().tobytes())
 
 
 @dataclass(frozen=True)

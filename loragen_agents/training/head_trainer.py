@@ -4,8 +4,6 @@ A step draws tools and requests, and for each request a registry of some of thes
 calls; the loss is the cross entropy over the registry and the answer "none". Everything but the head stands still.
 """
 
-import dataclasses
-import json
 import logging
 import random
 from collections import defaultdict
@@ -17,17 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.data.records import DataSet, load_data
+from loragen_agents.data.records import DataSet
 from loragen_agents.errors import DataError
-from loragen_agents.generator import LoRAGenerator
 from loragen_agents.generator.tool_head import ToolHead
 from loragen_agents.generator.tool_texts import TextKind
-from loragen_agents.models.language_models import load_cloud_model, load_language_model
-from loragen_agents.support.files import replacing
 from loragen_agents.support.progress import Progress, silent
 from loragen_agents.training.head_examples import CHAT, Asked, HeadExamples, build_examples
 from loragen_agents.training.head_features import leading_space, read_features
 from loragen_agents.training.head_recipe import HeadRecipe
+from loragen_agents.training.head_runs import data_of, load_generator, save_run, with_new_head
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +47,13 @@ def train_head(
         CheckpointError: the generator is damaged or for another model.
     """
     folder = Path(folder)
-    if data is None and not recipe.data:
-        raise DataError("the recipe names no data: give folders with --data (see `loragen-agents data build`)")
-    examples = build_examples(data or load_data(*recipe.data), recipe)
+    examples = build_examples(data_of(recipe, data), recipe)
     for split in ("train", "dev"):
         if not any(one.split == split and one.tool is not None for one in examples.asked):
             raise DataError(f"the data has no requests of split {split} that call a tool")
-    edge = load_language_model(recipe.edge, dtype=recipe.dtype)
-    cloud = load_cloud_model(recipe.cloud, edge, dtype=recipe.dtype)
-    generator = _with_head(LoRAGenerator.load(recipe.start_from, cloud, edge), recipe)
+    settings = {"head_layers": recipe.head_layers, "head_width": recipe.head_width}
+    generator = with_new_head(load_generator(recipe), "tool_head", settings)
+    edge = generator.edge
     assert generator.tool_head is not None
     layers = generator.tool_head.head.layers
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,25 +71,7 @@ def train_head(
     )
     generator.tool_head.forget()
     scores = head_scores(learner, space.coordinates, examples)
-    logger.info("scores: %s", json.dumps(scores))
-    generator.notes = {**generator.notes, "head": {"requests": len(examples.asked), **scores}}
-    generator.save(folder / "weights", dtype=torch.bfloat16)
-    with replacing(folder / "scores.json") as temporary:
-        temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    return folder / "weights"
-
-
-def _with_head(source: LoRAGenerator, recipe: HeadRecipe) -> LoRAGenerator:
-    """The same generator with a new head in the place of the one it may have."""
-    config = dataclasses.replace(source.config, head_layers=recipe.head_layers, head_width=recipe.head_width)
-    made = LoRAGenerator(config, source.cloud, source.edge)
-    known = {name: tensor for name, tensor in source.own_tensors().items() if not name.startswith("tool_head.")}
-    own = made.own_tensors()
-    with torch.no_grad():
-        for name, tensor in known.items():
-            own[name].copy_(tensor)
-    made.notes = dict(source.notes)
-    return made
+    return save_run(generator, folder, "head", len(examples.asked), scores)
 
 
 def _groups(examples: HeadExamples) -> tuple[Tensor, Tensor]:

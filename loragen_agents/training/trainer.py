@@ -270,10 +270,9 @@ def _take_over(generator: LoRAGenerator, folder: str | Path) -> None:
     """
     source = LoRAGenerator.load(folder, generator.cloud, generator.edge)
     ours, theirs = asdict(generator.config), asdict(source.config)
-    if not generator.config.head_layers:
-        theirs |= {name: ours[name] for name in ("head_layers", "head_width")}
-    if not generator.config.argument_layers:
-        theirs |= {name: ours[name] for name in ("argument_layers", "argument_width")}
+    for head in ("head", "argument"):
+        if not ours[f"{head}_layers"]:
+            theirs |= {name: ours[name] for name in (f"{head}_layers", f"{head}_width")}
     if ours != theirs:
         names = ", ".join(name for name in ours if ours[name] != theirs[name])
         raise DataError(f"{folder} has other generator settings than the recipe: {names}")
