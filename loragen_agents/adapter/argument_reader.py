@@ -8,7 +8,7 @@ none, and an argument is given where some token speaks for it. No token is read 
 prompts and schemas.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -63,15 +63,17 @@ class ArgumentReader(nn.Module):
         layers: edge layers whose values are read, in order.
         value_width: of one layer's values, over all heads.
         width: of each half of an argument's vector.
-        dropout: of values and vectors, in training.
+
+    Attributes:
+        dropout: of values and vectors while it is trained; whoever trains it sets it.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: Sequence[int], value_width: int, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, layers: Sequence[int], value_width: int, width: int) -> None:
         super().__init__()
-        self.layers, self.width, self.dropout = tuple(layers), width, dropout
+        self.layers, self.width, self.dropout = tuple(layers), width, 0.0
         size = value_width * len(self.layers)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
@@ -86,9 +88,8 @@ class ArgumentReader(nn.Module):
         self.log_look_scale = nn.Parameter(torch.tensor(2.2))
         self.odds_weight = nn.Parameter(torch.tensor(0.5))
         self.kind_bias = nn.Parameter(torch.zeros(len(ArgumentKind)))
-        self.judge = nn.Sequential(
-            nn.Linear(3 * width + 3, width), nn.GELU(), nn.Dropout(min(dropout, 0.2)), nn.Linear(width, 1)
-        )
+        # Without dropout so far; its place is kept, since checkpoints name the tensors behind it by theirs.
+        self.judge = nn.Sequential(nn.Linear(3 * width + 3, width), nn.GELU(), nn.Dropout(0.0), nn.Linear(width, 1))
 
     def forward(self, values: Tensor, present: Tensor, listed: Listed) -> tuple[Tensor, Tensor]:
         """What each token stands for, and whether each argument is given.
@@ -164,16 +165,6 @@ class ArgumentKeys:
         return dict(zip(self.names, given, strict=True))
 
 
-def kept_values(states: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-    """The values of a row's tokens in some layers, with shape (tokens, layers · value width).
-
-    Args:
-        states: keys and values of each layer, with shape (2, 1, heads, tokens, head size).
-        layers: whose values are wanted.
-    """
-    return side_by_side({layer: states[layer][1, 0] for layer in layers}, layers)
-
-
-def side_by_side(values: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
-    """Values by layer, each with shape (heads, tokens, head size), as one tensor (tokens, layers · value width)."""
-    return torch.cat([values[layer].transpose(0, 1).flatten(1).float() for layer in layers], dim=-1)
+def side_by_side(values: Sequence[Tensor]) -> Tensor:
+    """Values of some layers, each (heads, tokens, head size), as one tensor of shape (tokens, layers · value width)."""
+    return torch.cat([own.transpose(0, 1).flatten(1).float() for own in values], dim=-1)

@@ -9,11 +9,16 @@ from collections.abc import Mapping
 
 from loragen_agents.registry import Tool
 
-# Chosen on held-out requests, see docs/benchmarks.md.
+# The likelier answer counts; other bounds, with a band between them that is left to the model, were not tried.
 SURE_GIVEN, SURE_NOT_GIVEN = 0.5, 0.5
 # A schema with other keywords may speak of arguments that are not there any more.
 _PLAIN = {"type", "properties", "required", "additionalProperties", "title", "description"}
 _PLAIN |= {"$schema", "$defs", "definitions"}
+
+
+def can_be_held(tool: Tool) -> bool:
+    """Whether a tool has optional arguments, and a schema in which they can be demanded or left out."""
+    return tool.parameters.keys() <= _PLAIN and not tool.required.issuperset(tool.argument_names)
 
 
 def held_arguments(tool: Tool, given: Mapping[str, float]) -> tuple[frozenset[str], frozenset[str]]:
@@ -23,7 +28,7 @@ def held_arguments(tool: Tool, given: Mapping[str, float]) -> tuple[frozenset[st
         tool: that is called.
         given: how likely the request gives each argument, by name.
     """
-    if not tool.parameters.keys() <= _PLAIN:
+    if not can_be_held(tool):
         return frozenset(), frozenset()
     optional = {name: given[name] for name in tool.argument_names if name in given and name not in tool.required}
     demanded = frozenset(name for name, likely in optional.items() if likely >= SURE_GIVEN)

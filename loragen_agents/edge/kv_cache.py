@@ -140,6 +140,10 @@ class Snapshot:
         """In bytes."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def values(self, layers: Sequence[int]) -> list[Tensor]:
+        """The values of some layers, each with shape (heads, tokens, head size)."""
+        return [self.layers[layer][1, 0] for layer in layers]
+
     def first(self, tokens: int) -> "Snapshot":
         """A view of the first tokens."""
         return Snapshot(tuple(layer[:, :, :, :tokens] for layer in self.layers))

@@ -9,14 +9,14 @@ and LangChain, are not this module's business.
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
-from loragen_agents.adapter.argument_reader import kept_values
+from loragen_agents.adapter.argument_reader import ArgumentKeys, side_by_side
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.adapter.updates import DownUpdates
@@ -25,7 +25,7 @@ from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
-from loragen_agents.edge.held_arguments import held_arguments, narrowed
+from loragen_agents.edge.held_arguments import can_be_held, held_arguments, narrowed
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import KeyScorer, NameScorer, ToolProbabilities, ToolScorer
 from loragen_agents.models.arrangement import arrange_weights
@@ -52,7 +52,7 @@ def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None) -> Decoder:
 
 
 # Grammars of calls held to some of their arguments; each takes a millisecond or two to make.
-_NARROWED = 256
+_HELD_GRAMMARS = 256
 # An answer is free text, and a small model may write on with the next lines of a step, as training shows them.
 _BEHIND_ANSWER = (OBSERVATION_STOP, "\nThought:", "\nHuman:")
 
@@ -85,6 +85,8 @@ class SpecializedLM:
     ) -> None:
         self.edge, self.registry = edge, registry
         self.renderer = shared_renderer(edge.tokenizer)
+        # The renderer has refused tokenizers of any other kind.
+        self._fast_tokenizer = cast(PreTrainedTokenizerFast, edge.tokenizer)
         self._parts: RegistryWeights | None = None
         merged: LoRAWeights | None
         if isinstance(weights, RegistryWeights):
@@ -101,7 +103,8 @@ class SpecializedLM:
         else:
             self.scorer = NameScorer(self.decoder, self.renderer, registry)
         self._grammars: dict[ToolChoice, ToolGrammar] = {}
-        self._narrowed: OrderedDict[tuple[str, frozenset[str], frozenset[str]], ToolGrammar] = OrderedDict()
+        # Of the registry alone, not of this object, which is to be freed with its last user.
+        self._held = lru_cache(_HELD_GRAMMARS)(partial(_held_grammar, registry, self._fast_tokenizer))
         self._alone: SpecializedLM | None = None
         self._lock = threading.Lock()
 
@@ -212,45 +215,27 @@ class SpecializedLM:
     ) -> "ScoredPrompt":
         """As `score`, where no tool has to be chosen: the prompt is read only if that tells more."""
         cancelled = cancel is not None and cancel.is_set()
-        if cancelled or tool_choice not in self.registry or not self._reads_arguments(tool_choice):
+        if cancelled or tool_choice not in self.registry or self._argument_keys(tool_choice) is None:
             return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0)
         started = time.perf_counter()
         read = self.decoder.read(prompt)
         grammar = self._call_grammar(tool_choice, read)
         return ScoredPrompt(read, grammar, self._updates(tool_choice), None, time.perf_counter() - started)
 
-    def _reads_arguments(self, tool: str) -> bool:
-        """Whether a tool has arguments of which a reader can tell if they are given."""
+    def _argument_keys(self, tool: str) -> ArgumentKeys | None:
+        """What tells which arguments a request gives; None where the model alone decides."""
         # In csv inputs an argument is told by its place, so none can be left out before another.
-        if self._parts is None or self.registry.input_format == "csv":
-            return False
-        optional = len(self.registry[tool].argument_names) > len(self.registry[tool].required)
-        return optional and self._parts.arguments(tool) is not None
+        if self._parts is None or self.registry.input_format == "csv" or not can_be_held(self.registry[tool]):
+            return None
+        return self._parts.arguments(tool)
 
     def _call_grammar(self, tool: str, read: ReadPrompt) -> ToolGrammar:
         """The grammar of a call of one tool, held to the arguments that the conversation gives."""
-        if self._parts is None or not self._reads_arguments(tool):
+        keys = self._argument_keys(tool)
+        if keys is None:
             return self.grammar(tool)
-        keys = self._parts.arguments(tool)
-        assert keys is not None
-        given = keys.given(kept_values(read.states.layers, keys.reader.layers))
-        demanded, refused = held_arguments(self.registry[tool], given)
-        if not demanded and not refused:
-            return self.grammar(tool)
-        key = (tool, demanded, refused)
-        with self._lock:
-            known = self._narrowed.get(key)
-        if known is None:
-            held = ToolRegistry(
-                [narrowed(self.registry[tool], demanded, refused)], input_format=self.registry.input_format
-            )
-            known = ToolGrammar(held, cast(PreTrainedTokenizerFast, self.edge.tokenizer), tool)
-        with self._lock:
-            self._narrowed[key] = known
-            self._narrowed.move_to_end(key)
-            while len(self._narrowed) > _NARROWED:
-                self._narrowed.popitem(last=False)
-        return known
+        given = keys.given(side_by_side(read.states.values(keys.reader.layers)))
+        return self._held(tool, *held_arguments(self.registry[tool], given))
 
     def _updates(self, tool: str | None) -> DownUpdates | None:
         if self._parts is None or tool is None or tool not in self.registry:
@@ -290,9 +275,7 @@ class SpecializedLM:
         """
         with self._lock:
             if tool_choice not in self._grammars:
-                # The renderer has refused tokenizers of any other kind.
-                tokenizer = cast(PreTrainedTokenizerFast, self.edge.tokenizer)
-                self._grammars[tool_choice] = ToolGrammar(self.registry, tokenizer, tool_choice)
+                self._grammars[tool_choice] = ToolGrammar(self.registry, self._fast_tokenizer, tool_choice)
             return self._grammars[tool_choice]
 
     @staticmethod
@@ -300,6 +283,18 @@ class SpecializedLM:
         sampling = sampling or Sampling()
         # The grammar ends a call by itself; free text has to be cut before the model invents the tool's report.
         return sampling if grammar else replace(sampling, stop=(*sampling.stop, OBSERVATION_STOP))
+
+
+def _held_grammar(
+    registry: ToolRegistry,
+    tokenizer: PreTrainedTokenizerFast,
+    tool: str,
+    demanded: frozenset[str],
+    refused: frozenset[str],
+) -> ToolGrammar:
+    """The grammar of a call of one tool, with these arguments and without those."""
+    held = narrowed(registry[tool], demanded, refused)
+    return ToolGrammar(ToolRegistry([held], input_format=registry.input_format), tokenizer, tool)
 
 
 @dataclass(frozen=True)

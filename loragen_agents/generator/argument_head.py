@@ -19,7 +19,7 @@ from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.generator.tool_reading import pad_right
+from loragen_agents.generator.tool_reading import of_similar_length, pad_right
 from loragen_agents.generator.tool_texts import argument_texts
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
@@ -43,15 +43,14 @@ class ArgumentHead(nn.Module):
         layers: edge layers whose values are read, in order.
         value_width: of one layer's values, over all heads.
         width: of each half of a vector.
-        dropout: in training.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: Sequence[int], value_width: int, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, layers: Sequence[int], value_width: int, width: int) -> None:
         super().__init__()
-        self.reader = ArgumentReader(layers, value_width, width, dropout)
+        self.reader = ArgumentReader(layers, value_width, width)
         size = value_width * len(self.reader.layers)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
@@ -160,22 +159,14 @@ def read_values(
     model: PreTrainedModel, layers: Sequence[int], rows: Sequence[Sequence[int]], max_tokens: int = 2048
 ) -> list[Tensor]:
     """What the model keeps as values of each row's tokens, with shape (tokens, layers · value width). No gradients."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     found: dict[int, Tensor] = {}
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and len(rows[order[end]]) * (end + 1 - start) <= max_tokens:
-            end += 1
-        chunk = order[start:end]
-        start = end
+    for chunk in of_similar_length([len(row) for row in rows], max_tokens):
         ids = pad_right([rows[index] for index in chunk], model.device)
         with torch.no_grad():
             kept = model.base_model(input_ids=ids, use_cache=True).past_key_values
         for row, index in enumerate(chunk):
             length = len(rows[index])
-            own = {n: kept.layers[n].values[row, :, :length] for n in layers}
-            found[index] = side_by_side(own, layers)
+            found[index] = side_by_side([kept.layers[n].values[row, :, :length] for n in layers])
     return [found[index] for index in range(len(rows))]
 
 

@@ -135,19 +135,24 @@ def captured_at(
 
     Rows of similar length run together, in batches of at most `max_tokens` with padding. No gradients.
     """
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     found: dict[int, Tensor] = {}
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and len(rows[order[end]][0]) * (end + 1 - start) <= max_tokens:
-            end += 1
-        chunk = order[start:end]
-        start = end
+    for chunk in of_similar_length([len(ids) for ids, _ in rows], max_tokens):
         captured = capture_down_proj_inputs(model, layers, pad_right([rows[index][0] for index in chunk], model.device))
         for row, index in enumerate(chunk):
             found[index] = captured[:, row, rows[index][1]].clone()
     return [found[index] for index in range(len(rows))]
+
+
+def of_similar_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows that run together: at most `max_tokens` with padding, unless one row alone is longer."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and lengths[order[end]] * (end + 1 - start) <= max_tokens:
+            end += 1
+        yield order[start:end]
+        start = end
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loragen_agents.adapter.argument_reader import ArgumentKind, kept_values
+from loragen_agents.adapter.argument_reader import ArgumentKind, side_by_side
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.renderers import shared_renderer
@@ -126,7 +126,7 @@ def test_values_are_the_same_in_batches_and_in_the_decoders_cache(start: tuple[s
     for row, values in zip(rows, read_values(edge.model, layers, rows, max_tokens=64), strict=True):
         assert values.shape == (len(row), len(layers) * value_width(edge.model))
         states = merged_decoder(edge, None).read(row).states
-        assert torch.allclose(values, kept_values(states.layers, layers), atol=1e-5)
+        assert torch.allclose(values, side_by_side(states.values(layers)), atol=1e-5)
 
 
 def test_tools_do_not_depend_on_each_other_when_they_are_read(start: tuple[str, str]) -> None:
@@ -153,7 +153,7 @@ def test_it_learns_which_arguments_a_request_gives(start: tuple[str, str], tmp_p
         states = (
             merged_decoder(edge, parts.shared).read(shared_renderer(edge.tokenizer).user_turn([Turn(request)])).states
         )
-        return keys.given(kept_values(states.layers, keys.reader.layers))["day"]
+        return keys.given(side_by_side(states.values(keys.reader.layers)))["day"]
 
     assert given("plants in Bern on Sunday?") > given("plants in Bern?")
 

@@ -189,6 +189,19 @@ def test_a_request_that_ended_is_used_again() -> None:
     assert second.lease.request is request
 
 
+def test_values_are_looked_at_without_taking_the_states_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+    forward = Runtime(tiny_model(), "openvino").bind()
+    cache: Any = forward.cache(1)
+    read(forward, cache, [5, 6, 7, 8])
+    snapshot = cache.snapshot(0)
+    seen = snapshot.values([0, 1])
+    assert snapshot.held is not None
+    read(forward, cache, [9])
+    for layer, values in enumerate(seen):
+        torch.testing.assert_close(values, snapshot.layers[layer][1, 0])
+
+
 def test_what_was_read_is_continued_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several continuations one after another go on in one request; two at a time do not see each other."""
     monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")

@@ -44,7 +44,7 @@ class Lease:
 
     def copied(self, row: int, slots: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Some slots of a row, per layer with shape (2, 1, heads, slots, head size)."""
-        chosen = slice(0, len(slots)) if not len(slots) or slots[-1] == len(slots) - 1 else slots
+        chosen = _chosen(slots)
         with self.lock:
             states = self.request.states
             return tuple(
@@ -53,6 +53,18 @@ class Lease:
                 )
                 for n in range(len(states) // 2)
             )
+
+    def values(self, row: int, slots: np.ndarray, layers: Sequence[int]) -> list[torch.Tensor]:
+        """The values in some slots of a row, of each layer with shape (heads, slots, head size); copies."""
+        chosen = _chosen(slots)
+        with self.lock:
+            states = self.request.states
+            return [torch.from_numpy(np.array(states[f"value_{n}"].state.data[row][:, chosen])) for n in layers]
+
+
+def _chosen(slots: np.ndarray) -> slice | np.ndarray:
+    """Slots as an index; those from the first on need no copy."""
+    return slice(0, len(slots)) if not len(slots) or slots[-1] == len(slots) - 1 else slots
 
 
 class HeldSnapshot(Snapshot):
@@ -76,6 +88,11 @@ class HeldSnapshot(Snapshot):
             object.__setattr__(self, "_held", None)
         copied: tuple[torch.Tensor, ...] = self.__dict__["_copied"]
         return copied
+
+    def values(self, layers: Sequence[int]) -> list[torch.Tensor]:
+        """As `Snapshot.values`; the states go on lying in the request."""
+        held = self.held
+        return super().values(layers) if held is None else held[0].values(held[1], held[2], layers)
 
     def first(self, tokens: int) -> Snapshot:
         held = self.held
