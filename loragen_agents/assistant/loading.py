@@ -8,7 +8,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
@@ -40,17 +39,15 @@ def load_chat_model(choice: ModelChoice) -> BaseChatModel:
     """
     from loragen_agents.chat.chat_models import LoRAGenChatModel
     from loragen_agents.generator import LoRAGenerator
-    from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
+    from loragen_agents.models.language_models import DEFAULT_MODEL, load_cloud_model, load_language_model
     from loragen_agents.specialization.cloud import is_service
     from loragen_agents.support.progress import silent
 
-    load = partial(load_language_model, device=choice.device, dtype=choice.dtype, progress=silent)
-    edge = load(choice.edge or DEFAULT_MODEL)
+    places: dict[str, Any] = {"device": choice.device, "dtype": choice.dtype, "progress": silent}
+    edge = load_language_model(choice.edge or DEFAULT_MODEL, **places)
     if is_service(choice.cloud):
         return LoRAGenChatModel(model=edge, cloud=choice.cloud, max_tokens=MAX_TOKENS)
-    cloud = edge
-    if choice.cloud is not None and choice.cloud != edge.name:
-        cloud = load(choice.cloud)
+    cloud = load_cloud_model(choice.cloud, edge, **places)
     generator = LoRAGenerator.load(choice.generator, cloud=cloud, edge=edge)
     return LoRAGenChatModel(model=edge, cloud=cloud, generator=generator, max_tokens=MAX_TOKENS)
 

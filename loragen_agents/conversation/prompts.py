@@ -84,18 +84,7 @@ class PromptRenderer:
 
     def user_turn_with_starts(self, turns: Sequence[Turn]) -> tuple[list[int], str, list[int]]:
         """As `user_turn`, with the prompt as text and the place in it of the first character of every token."""
-        ids: list[int] = []
-        text, starts = "", list[int]()
-        for piece in self._user_turn_pieces(turns):
-            if piece.marker:
-                own = self._marker_ids[piece.text]
-                places = [0] * len(own)
-            else:
-                own, places = self.encode_with_starts(piece.text)
-            ids += own
-            starts += [len(text) + place for place in places]
-            text += piece.text
-        return ids, text, starts
+        return self._encode_with_starts(self._user_turn_pieces(turns))
 
     def user_turn_text(self, turns: Sequence[Turn]) -> str:
         """The same prompt as text, for people. Tokenising it again is not safe: control tokens in it would be live."""
@@ -159,10 +148,21 @@ class PromptRenderer:
             yield _Piece(self.markers.assistant_close, marker=True)
 
     def _encode(self, pieces: Iterator[_Piece]) -> list[int]:
+        return self._encode_with_starts(pieces)[0]
+
+    def _encode_with_starts(self, pieces: Iterator[_Piece]) -> tuple[list[int], str, list[int]]:
         ids: list[int] = []
+        text, starts = "", list[int]()
         for piece in pieces:
-            ids += self._marker_ids[piece.text] if piece.marker else self.encode_text(piece.text)
-        return ids
+            if piece.marker:
+                own = self._marker_ids[piece.text]
+                places = [0] * len(own)
+            else:
+                own, places = self.encode_with_starts(piece.text)
+            ids += own
+            starts += [len(text) + place for place in places]
+            text += piece.text
+        return ids, text, starts
 
     def _definition_fields(self, registry: ToolRegistry, system_text: str) -> dict[str, Any]:
         return {

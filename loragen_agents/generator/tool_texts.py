@@ -57,12 +57,13 @@ def argument_texts(tool: Tool) -> list[tuple[str, list[tuple[int, int]]]]:
     """
     texts = []
     properties = list(tool.parameters["properties"].items())
-    for begin in range(0, len(properties), _ARGUMENTS_A_TEXT):
+    for first in range(0, len(properties), _ARGUMENTS_A_TEXT):
         text, places = f"{as_request(tool.description, _MAX_AIM)} With", []
-        for number, (name, schema) in enumerate(properties[begin : begin + _ARGUMENTS_A_TEXT]):
+        for number, (name, schema) in enumerate(properties[first : first + _ARGUMENTS_A_TEXT]):
             text += ", " if number else " "
-            places.append((len(text), len(text) + len(_note(name, schema))))
+            begin = len(text)
             text += _note(name, schema)
+            places.append((begin, len(text)))
         texts.append((f"{text}.", places))
     return texts
 

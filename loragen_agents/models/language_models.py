@@ -109,7 +109,7 @@ def load_cloud_model(
 
     Arguments and errors otherwise as `load_language_model`.
     """
-    if name is None:
+    if name is None or name == edge.name:
         return edge
     with shown(progress) as report:
         folder = obtain_model(name, progress=report).folder

@@ -10,6 +10,7 @@ import io
 import json
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
         tensors = {name: getattr(keys.requests, name) for name in _MAPS}
         files[_CHOICE] = save(_plain({**tensors, "vectors": keys.vectors}))
         files[_UPDATES] = save(_plain(_update_tensors(made)))
-        if arguments := _argument_tensors(made):
-            files[_ARGUMENTS] = save(_plain(arguments))
+    arguments = [own for tool in made.registry.names if (own := made.parts.arguments(tool)) is not None]
+    if arguments:
+        files[_ARGUMENTS] = save(_plain(_argument_tensors(arguments)))
     manifest = {
         "format": _FORMAT,
         "key": made.key,
@@ -71,7 +73,7 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
         "edge_fingerprint": edge.fingerprint,
         "shared": {"layers": shared.layers, "rank": shared.rank, "alpha": shared.alpha},
         "choice_layers": layers,
-        "argument_layers": _argument_layers(made),
+        "argument_layers": list(arguments[0].reader.layers) if arguments else [],
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     archive = io.BytesIO()
@@ -155,20 +157,11 @@ def _argument_keys(tensors: dict[str, Tensor], layers: list[int], registry: Tool
     return {tool.name: argument_keys(reader, tool, tensors[str(number)]) for number, tool in enumerate(registry)}
 
 
-def _argument_tensors(made: Specialization) -> dict[str, Tensor]:
+def _argument_tensors(keys: Sequence[ArgumentKeys]) -> dict[str, Tensor]:
     """The vectors of each tool's arguments, by its number, and the tensors of what reads requests for them."""
-    tensors: dict[str, Tensor] = {}
-    for number, tool in enumerate(made.registry.names):
-        keys = made.parts.arguments(tool)
-        if keys is not None:
-            tensors[str(number)] = keys.vectors
-            tensors |= {f"{_READER}{name}": tensor for name, tensor in keys.reader.state_dict().items()}
-    return tensors
-
-
-def _argument_layers(made: Specialization) -> list[int]:
-    keys = made.parts.arguments(made.registry.names[0]) if len(made.registry) else None
-    return [] if keys is None else list(keys.reader.layers)
+    state = keys[0].reader.state_dict()
+    vectors = {str(number): own.vectors for number, own in enumerate(keys)}
+    return vectors | {f"{_READER}{name}": tensor for name, tensor in state.items()}
 
 
 def _update_tensors(made: Specialization) -> dict[str, Tensor]:
