@@ -6,7 +6,6 @@ Archives are kept on disk by their key, so that the same tools are read once, an
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +19,9 @@ from loragen_agents.models.language_models import LanguageModel, cache_folder
 from loragen_agents.server.api_errors import ApiError, validation_error
 from loragen_agents.server.protocol import FunctionDefinition, ToolDefinition
 from loragen_agents.specialization.archives import write_archive
+from loragen_agents.specialization.kept_files import keep, read_kept
 from loragen_agents.specialization.specialize import specialize
-from loragen_agents.support.files import replacing
 
-KEPT = 64
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -91,7 +89,7 @@ def make_archive(model: LoRAGenChatModel, request: SpecializationRequest, cancel
     content = kept_archive(made.key)
     if content is None and not cancel.is_set():
         content = write_archive(made, edge)
-        _keep(made.key, content)
+        keep(_path(made.key), content)
     if content is not None:
         yield Archive(made.key, content)
 
@@ -100,26 +98,8 @@ def kept_archive(key: str) -> bytes | None:
     """The archive with this key; None when there is none."""
     if not _KEY.fullmatch(key):
         return None
-    path = _folder() / f"{key}.zip"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    with suppress(OSError):
-        path.touch()  # the least recently used go first
-    return content
+    return read_kept(_path(key))
 
 
-def _keep(key: str, content: bytes) -> None:
-    with replacing(_folder() / f"{key}.zip") as temporary:
-        temporary.write_bytes(content)
-    ages: dict[Path, float] = {}
-    for path in _folder().glob("*.zip"):
-        with suppress(OSError):  # another process may remove it at the same time
-            ages[path] = path.stat().st_mtime
-    for path in sorted(ages, key=ages.__getitem__)[: max(0, len(ages) - KEPT)]:
-        path.unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    return cache_folder() / "archives"
+def _path(key: str) -> Path:
+    return cache_folder() / "archives" / f"{key}.zip"

@@ -8,9 +8,9 @@ import hashlib
 import json
 import logging
 import os
+import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +18,13 @@ from loragen_agents.errors import CheckpointError, ServiceError
 from loragen_agents.models.language_models import LanguageModel, cache_folder
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.archives import MAX_BYTES, read_archive
+from loragen_agents.specialization.kept_files import keep, read_kept
 from loragen_agents.specialization.shared_values import SharedValues
 from loragen_agents.specialization.specialize import MEMORY_ENTRIES, Specialization
-from loragen_agents.support.files import replacing
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LORAGEN_AGENTS_API_KEY"
-DISK_ENTRIES = 64
 # A large registry takes a service without a GPU half a minute, and others may be before us.
 _SECONDS = 300
 
@@ -59,23 +58,22 @@ def specialize_by_service(
     def make() -> tuple[LanguageModel, Specialization]:
         if cache and (kept := _kept(path, edge)) is not None:
             return edge, kept
+        started = time.perf_counter()
         content = _ask(url.rstrip("/"), registry, system_text, edge)
-        made = replace(read_archive(content, edge), source="generated")
+        made = replace(read_archive(content, edge), source="generated", seconds=time.perf_counter() - started)
         if made.registry.fingerprint != registry.fingerprint or made.system_text != system_text:
             raise CheckpointError(
                 f"{url} gave a specialisation on other tools than it was asked for; ask another service"
             )
         if cache:
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-            _prune(path.parent)
+            keep(path, content)
         return edge, made
 
     if not cache:
         return make()[1]
     # The value keeps the edge LM, whose id is part of the key, alive.
     (_, made), there = _fetched.get((key, id(edge)), make)
-    return replace(made, source="memory") if there else made
+    return replace(made, source="memory", seconds=0.0) if there else made
 
 
 def forget_fetched() -> None:
@@ -84,16 +82,12 @@ def forget_fetched() -> None:
 
 
 def _kept(path: Path, edge: LanguageModel) -> Specialization | None:
+    content = read_kept(path)
     try:
-        made = read_archive(path.read_bytes(), edge)
-    except FileNotFoundError:
-        return None
+        return None if content is None else read_archive(content, edge)
     except CheckpointError as error:
         logger.warning("%s: %s It is fetched again.", path, error)
         return None
-    with suppress(OSError):
-        path.touch()  # the least recently used go first
-    return made
 
 
 def _ask(url: str, registry: ToolRegistry, system_text: str, edge: LanguageModel) -> bytes:
@@ -127,12 +121,3 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(json.loads(error.read(100_000))["error"]["message"])
     except (OSError, ValueError, KeyError, TypeError):
         return str(error.reason)
-
-
-def _prune(folder: Path) -> None:
-    ages: dict[Path, float] = {}
-    for path in folder.glob("*.zip"):
-        with suppress(OSError):  # another process may remove it at the same time
-            ages[path] = path.stat().st_mtime
-    for path in sorted(ages, key=ages.__getitem__)[: max(0, len(ages) - DISK_ENTRIES)]:
-        path.unlink(missing_ok=True)

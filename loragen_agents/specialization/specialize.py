@@ -50,7 +50,7 @@ class Specialization:
             kept: the next registry needs them too. None where a service made it.
         definition_tokens: tokens of the edge LM's tokenizer that the same definitions and system text would take up in
             every prompt (the full ReAct prompt less the user turn).
-        seconds: what generating and merging took; 0 when the specialisation came from memory or disk.
+        seconds: what generating and merging took, or asking a service; 0 when it came from memory or disk.
         source: where it came from.
         key: SHA-256 of everything that it depends on; also the name of its folder on disk.
     """

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 
@@ -196,9 +197,10 @@ def test_an_edge_asks_once_and_then_works_offline(model, edge, monkeypatch):
         assert first.response_metadata["specialization"] == "generated"
         again = far.invoke([("system", "Be brief."), ("human", "Pick one")])
         assert again.response_metadata["specialization"] == "memory"
+        assert first.response_metadata["specialize_ms"] > 0 == again.response_metadata["specialize_ms"]
     cloud.forget_fetched()
     offline = far.invoke([("system", "Be brief."), ("human", "Pick one")])
-    assert offline.response_metadata["specialization"] == "disk"
+    assert offline.response_metadata["specialization"] == "disk" and offline.response_metadata["specialize_ms"] == 0
     near = ours.invoke([("system", "Be brief."), ("human", "Pick one")])
     for message in (first, again, offline):
         assert message.content == near.content
@@ -215,6 +217,51 @@ def test_a_damaged_file_is_fetched_again(url, edge, nothing_is_fetched):
     cloud.forget_fetched()
     assert specialize_by_service(url, REGISTRY, edge=edge).source == "generated"
     assert path.read_bytes() == whole
+
+
+def test_a_cache_that_can_not_be_used_is_a_warning(url, model, edge, nothing_is_fetched, caplog):
+    """Neither the edge nor the service needs it: what can't be kept is made again."""
+    for name in ("fetched", "archives"):
+        (nothing_is_fetched / name).write_text("in the way")
+    for text in ("Be brief.", "Be long."):
+        cloud.forget_fetched()
+        assert specialize_by_service(url, REGISTRY, text, edge=edge).source == "generated"
+    assert caplog.text.count("can't be kept") == 4 and "LORAGEN_AGENTS_CACHE" in caplog.text
+
+
+def test_files_that_can_not_be_read_are_made_again(url, edge, nothing_is_fetched, caplog):
+    specialize_by_service(url, REGISTRY, edge=edge)
+    for name in ("fetched", "archives"):
+        (path,) = (nothing_is_fetched / name).glob("*.zip")
+        path.unlink()
+        path.mkdir()
+    cloud.forget_fetched()
+    assert specialize_by_service(url, REGISTRY, edge=edge).source == "generated"
+    assert caplog.text.count("can't be read") == 2
+
+
+def test_the_disk_is_bounded_in_bytes(url, edge, nothing_is_fetched, monkeypatch):
+    folders = [nothing_is_fetched / name for name in ("fetched", "archives")]
+
+    def kept() -> list[set[str]]:
+        return [{path.name for path in folder.glob("*.zip")} for folder in folders]
+
+    def ask(text: str) -> None:
+        specialize_by_service(url, REGISTRY, text, edge=edge)
+
+    ask("a")
+    first = kept()
+    (size,) = (path.stat().st_size for path in folders[0].glob("*.zip"))
+    monkeypatch.setenv("LORAGEN_AGENTS_CACHE_BYTES", str(2 * size + size // 2))
+    for path in (path for folder in folders for path in folder.iterdir()):
+        os.utime(path, (0, 0))
+    ask("b")
+    ask("c")
+    assert [len(names) for names in kept()] == [2, 2]
+    assert not any(names & before for names, before in zip(kept(), first, strict=True))
+    monkeypatch.setenv("LORAGEN_AGENTS_CACHE_BYTES", "1")
+    ask("d")  # the newest stays, however large it is
+    assert [len(names) for names in kept()] == [1, 1]
 
 
 def test_the_key_is_sent(model, edge, monkeypatch):
