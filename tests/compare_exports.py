@@ -24,6 +24,7 @@ from loragen_agents.models.language_models import LanguageModel, load_language_m
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.exports import ADAPTER_FILE, export
 from loragen_agents.specialization.specialize import specialize
+from tests.decoded_steps import decoded
 from tests.llama_cpp import LlamaCpp
 from tests.tiny_gguf import write_gguf
 
@@ -58,7 +59,7 @@ def compare(
         prompts = [made.model.renderer.user_turn([Turn(request)]) for request in requests]
         sampling = Sampling(max_tokens=max_tokens)
         ours = [
-            made.model.generate([[Turn(request)]], sampling, grammar=False, score_tools=False)[0].text
+            decoded(made.model, [Turn(request)], sampling, grammar=False, score_tools=False).text
             for request in requests
         ]
         for form in forms:

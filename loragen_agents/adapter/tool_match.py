@@ -1,23 +1,15 @@
-"""Tools matched by state: which of a registry's tools a request looks like, inside the model and without a word.
+"""The match of requests with tools by activations: an auxiliary loss of the tool memory's training.
 
-A tool's keys are what the edge LM's FFNs held when the tool's description stood in the place of a request; a request's
-are the same places of its own prompt. A `ToolMatch` is a plain value, made by the generator together with the LoRA
-weights of a registry; it knows nothing of models, prompts or how a choice is made of it.
+A tool's keys are FFN activations of the edge LM where the tool's description stood in the place of a request; a
+request's are those of its own prompt at the same places. Training pulls the two together, so that the memory's updates
+answer to requests. Which tool is called is decided by `tool_keys`. Knows nothing of models and prompts.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-
-from loragen_agents.errors import CheckpointError
-from loragen_agents.support.files import replacing
-
-_TENSORS = ("decision_keys", "name_keys", "backgrounds", "weights", "threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,27 +49,3 @@ class ToolMatch:
     def _cosines(self, place: int, keys: Tensor, activations: Tensor) -> Tensor:
         x = F.normalize(activations.to(keys) - self.backgrounds[place][:, None], dim=-1)
         return torch.einsum("l,lri,lti->rt", self.weights[place], x, keys)
-
-    def save(self, path: Path) -> None:
-        """Write the tensors as float32 safetensors."""
-        tensors = {name: getattr(self, name).detach().float().cpu().contiguous() for name in _TENSORS}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"layers": ",".join(map(str, self.layers))})
-
-    @classmethod
-    def load(cls, path: Path) -> "ToolMatch":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or damaged.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                layers = tuple(int(layer) for layer in file.metadata()["layers"].split(","))
-                return cls(layers, **{name: file.get_tensor(name) for name in _TENSORS})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a tool match, or damaged: {error}") from error
-
-    def to(self, device: torch.device) -> "ToolMatch":
-        """The same on another device."""
-        return ToolMatch(self.layers, **{name: getattr(self, name).detach().to(device) for name in _TENSORS})

@@ -78,7 +78,7 @@ class ModelSession:
                 grammar = self.model.grammar() if self.variant.grammar else None
                 (completion,) = decoder.generate([prompt], self._sampling, grammar)
             else:
-                scored = self.model.score(prompt, opening=not turns[-1].steps, scorer=self._scorer)
+                scored = self.model.score(prompt, scorer=self._scorer)
                 (completion,) = decoder.generate([scored.read], self._sampling, scored.grammar, updates=scored.updates)
                 completion = scored.completed(completion)
         cost = TurnCost(
@@ -100,7 +100,7 @@ class ModelSession:
         prompt = self._prompt(turns)
         started = time.perf_counter()
         with self._memory.measure():
-            tools = self._scorer(self._scorer.read(prompt), opening=not turns[-1].steps)
+            tools = self._scorer(self._scorer.read(prompt))
         seconds = time.perf_counter() - started
         text = f"{NO_TOOL}{ANSWER}" if tools.chosen is None else f"{USE_TOOL}{ACTION} {tools.chosen}"
         cost = TurnCost(len(prompt), 0, 0, seconds, seconds, self._memory.bytes)

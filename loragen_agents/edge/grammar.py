@@ -108,11 +108,6 @@ class GrammarMatcher:
         """True once nothing can follow: a tool call is complete, or a stop token was accepted."""
         return bool(self._matcher.is_stopped())
 
-    @property
-    def may_end(self) -> bool:
-        """True where a stop token would be accepted."""
-        return bool(self._matcher.is_accepting())
-
     def mask(self, logits: Tensor) -> Tensor:
         """Set the logits of all tokens that can't follow to minus infinity, in place.
 

@@ -109,11 +109,6 @@ class SpecializedLM:
         self._lock = threading.Lock()
 
     @property
-    def has_keys(self) -> bool:
-        """Whether the tool is chosen by the registry's keys."""
-        return self._parts is not None
-
-    @property
     def alone(self) -> "SpecializedLM":
         """The same registry by its weights alone: their sum merged, names scored; itself where there are no keys."""
         if self._parts is None:
@@ -159,46 +154,11 @@ class SpecializedLM:
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
             scored = self._unscored(prompt, tool_choice, cancel)
         else:
-            scored = self.score(prompt, tool_choice, opening=not turns[-1].steps)
+            scored = self.score(prompt, tool_choice)
         if scored.grammar is self.grammar("none"):
             sampling = replace(sampling, stop=(*sampling.stop, *_BEHIND_ANSWER))
         stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates)
         return StepCompletionStream(stream, scored)
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Turn]],
-        sampling: Sampling | None = None,
-        *,
-        grammar: bool = True,
-        tool_choice: ToolChoice = "auto",
-        score_tools: bool = True,
-        cancel: threading.Event | None = None,
-    ) -> list[Completion]:
-        """Decode the next step of several conversations in batches. Arguments and errors as `stream`."""
-        if self._parts is not None and not (grammar and score_tools):
-            return self.alone.generate(
-                conversations, sampling, grammar=grammar, tool_choice=tool_choice, score_tools=False, cancel=cancel
-            )
-        prompts = [self.renderer.user_turn(turns) for turns in conversations]
-        sampling = self._sampling(sampling, grammar)
-        if not grammar:
-            return self.decoder.generate(prompts, sampling, None, cancel)
-        if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            scored = [self._unscored(prompt, tool_choice, cancel) for prompt in prompts]
-        else:
-            scored = [
-                self.score(prompt, tool_choice, opening=not turns[-1].steps)
-                for prompt, turns in zip(prompts, conversations, strict=True)
-            ]
-        completions = self.decoder.generate(
-            [one.read for one in scored],
-            sampling,
-            [one.grammar for one in scored],
-            cancel,
-            updates=[one.updates for one in scored],
-        )
-        return [one.completed(completion) for one, completion in zip(scored, completions, strict=True)]
 
     def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice, cancel: threading.Event | None) -> bool:
         # Nothing is scored for a caller who has gone; decoding then ends before its first token.
@@ -247,7 +207,6 @@ class SpecializedLM:
         prompt: Sequence[int],
         tool_choice: ToolChoice = "auto",
         *,
-        opening: bool,
         scorer: ToolScorer | None = None,
     ) -> "ScoredPrompt":
         """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen.
@@ -255,13 +214,12 @@ class SpecializedLM:
         Args:
             prompt: ends in `THOUGHT_QUESTION`.
             tool_choice: "auto" or "any".
-            opening: whether no step was taken in the open turn yet.
             scorer: in place of the model's own.
         """
         started = time.perf_counter()
         scorer = scorer or self.scorer
         request = scorer.read(prompt)
-        tools = scorer(request, opening=opening)
+        tools = scorer(request)
         chosen = tools.best if tool_choice == "any" else tools.chosen
         grammar = self.grammar("none") if chosen is None else self._call_grammar(chosen, request.prompt)
         updates = None if chosen is None else self._updates(chosen)

@@ -57,13 +57,8 @@ class ToolScorer(Protocol):
     def read(self, prompt: Sequence[int]) -> ReadRequest:
         """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
 
-    def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
-        """Probabilities behind a request that `read` gave.
-
-        Args:
-            request: what `read` gave.
-            opening: whether no step was taken in the open turn yet.
-        """
+    def __call__(self, request: ReadRequest) -> ToolProbabilities:
+        """Probabilities behind a request that `read` gave."""
 
 
 class KeyScorer:
@@ -85,7 +80,7 @@ class KeyScorer:
         return ReadRequest(*self._decoder.read_parts([prompt, self._call], capture=self._keys.requests.layers))
 
     @torch.no_grad()
-    def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
+    def __call__(self, request: ReadRequest) -> ToolProbabilities:
         """See `ToolScorer`."""
         prompt, called = request.prompt.activations, request.called.activations
         assert prompt is not None and called is not None, "the request was read without its activations"
@@ -122,7 +117,7 @@ class NameScorer:
         return ReadRequest(*self._decoder.read_parts([prompt, self._call]))
 
     @torch.no_grad()
-    def __call__(self, request: ReadRequest, *, opening: bool = True) -> ToolProbabilities:
+    def __call__(self, request: ReadRequest) -> ToolProbabilities:
         """See `ToolScorer`."""
         yes, no = request.prompt.logits[[self._yes, self._no]].float()
         tools: list[float] = self._scores(request).softmax(dim=0).tolist()

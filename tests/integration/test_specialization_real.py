@@ -10,6 +10,7 @@ from loragen_agents.conversation.react import ToolStep, parse_step
 from loragen_agents.specialization.shared_models import shared_generator
 from loragen_agents.specialization.specialize import forget_specializations, specialize
 from loragen_agents.support.content import content_folder
+from tests.decoded_steps import decoded
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_a_kept_specialisation_loads_within_half_a_second(embedded_model, regist
     made = specialize(registry, **parts)
     assert made.source == "generated"
     turns = [Turn("Please tell me what can be seen in images/a.png")]
-    expected = made.model.generate([turns])[0].token_ids
+    expected = decoded(made.model, turns).token_ids
     seconds = []
     for _ in range(3):
         forget_specializations()
@@ -38,7 +39,7 @@ def test_a_kept_specialisation_loads_within_half_a_second(embedded_model, regist
         seconds.append(time.process_time() - started)
         assert loaded.source == "disk"
     assert min(seconds) < 0.5
-    assert loaded.model.generate([turns])[0].token_ids == expected
+    assert decoded(loaded.model, turns).token_ids == expected
     forget_specializations()
 
 
@@ -55,6 +56,6 @@ def test_the_generator_that_ships_calls_the_assistants_tools(embedded_model, req
     assistant = ToolRegistry.from_yaml(content_folder("tools") / "assistant.yaml")
     generator = shared_generator("default", cloud=embedded_model, edge=embedded_model)
     made = specialize(assistant, edge=embedded_model, cloud=embedded_model, generator=generator, cache=False)
-    step = parse_step(made.model.generate([[Turn(request_)]])[0].text, assistant)
+    step = parse_step(decoded(made.model, [Turn(request_)]).text, assistant)
     assert isinstance(step, ToolStep) and step.action == tool
     assert arguments.items() <= step.arguments.items()

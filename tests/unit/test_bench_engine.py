@@ -194,7 +194,7 @@ def test_the_head_decides_in_its_row_alone(engine: ModelEngine, tmp_path: Path) 
     assert isinstance(never, ModelSession) and isinstance(never._scorer, KeyScorer)
     assert isinstance(names, ModelSession) and isinstance(names._scorer, NameScorer)
     # Rows without the head have nothing but the weights: all tools are in them.
-    assert isinstance(plain, ModelSession) and not plain.model.has_keys and not names.model.has_keys
+    assert isinstance(plain, ModelSession) and plain.model.alone is plain.model and names.model.alone is names.model
     with pytest.raises(DataError, match="only a generator has a tool head"):
         variant_from_name("definitions+match")
 

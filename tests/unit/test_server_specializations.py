@@ -20,6 +20,7 @@ from loragen_agents.specialization import cloud
 from loragen_agents.specialization.archives import read_archive, write_archive
 from loragen_agents.specialization.cloud import is_service, specialize_by_service
 from loragen_agents.specialization.specialize import Specialization, specialize
+from tests.decoded_steps import decoded
 from tests.served import served
 from tests.tiny_chat import tiny_generator, tiny_language_model
 from tests.tiny_models import tiny_model
@@ -100,9 +101,9 @@ def texts(made: Specialization) -> list[tuple[int, ...]]:
     """What it decodes: held by the grammar with scores, and freely by the weights alone."""
     turns = [Turn("Pick one")]
     return [
-        made.model.generate([turns])[0].token_ids,
-        made.model.generate([turns], tool_choice="drop")[0].token_ids,
-        made.model.generate([turns], grammar=False)[0].token_ids,
+        decoded(made.model, turns).token_ids,
+        decoded(made.model, turns, tool_choice="drop").token_ids,
+        decoded(made.model, turns, grammar=False).token_ids,
     ]
 
 

@@ -21,6 +21,7 @@ from loragen_agents.specialization import disk_cache
 from loragen_agents.specialization import specialize as specialization
 from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
 from loragen_agents.specialization.specialize import Specialization, forget_specializations, specialize
+from tests.decoded_steps import decoded
 from tests.tiny_chat import tiny_generator, tiny_language_model
 
 ONE = Tool(name="one", description="The first tool.")
@@ -55,7 +56,7 @@ def assert_same(one: LoRAWeights, other: LoRAWeights) -> None:
 
 
 def assert_usable(made: Specialization) -> None:
-    assert made.model.generate([[Turn("Hello")]])[0].token_ids
+    assert decoded(made.model, [Turn("Hello")]).token_ids
 
 
 def test_memory_then_disk(parts, folder):
@@ -73,7 +74,7 @@ def test_memory_then_disk(parts, folder):
     assert_same(loaded.weights, first.weights)
     assert loaded.definition_tokens == first.definition_tokens
     turns = [Turn("Hello")]
-    assert loaded.model.generate([turns])[0].token_ids == first.model.generate([turns])[0].token_ids
+    assert decoded(loaded.model, turns).token_ids == decoded(first.model, turns).token_ids
 
 
 def with_head(parts: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -310,7 +311,7 @@ def test_weights_of_a_generator_without_training_are_zero(parts, caplog):
     assert "untrained" in caplog.text
     bare = specialization.SpecializedLM(edge, None, REGISTRY)
     turns = [Turn("Hello")]
-    assert made.model.generate([turns])[0].token_ids == bare.generate([turns])[0].token_ids
+    assert decoded(made.model, turns).token_ids == decoded(bare, turns).token_ids
 
 
 def test_memory_is_bounded_in_number_and_bytes(parts):

@@ -15,6 +15,7 @@ from loragen_agents.edge.tool_choice import ToolProbabilities
 from loragen_agents.errors import GrammarError
 from loragen_agents.models.language_models import PROJECTIONS, LanguageModel
 from loragen_agents.registry import Tool, ToolRegistry
+from tests.decoded_steps import decoded
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 LAYERS, HIDDEN, WIDTH = SIZES["num_hidden_layers"], SIZES["hidden_size"], SIZES["intermediate_size"]
@@ -67,7 +68,7 @@ def test_only_the_changed_matrices_have_memory_of_their_own():
 def test_tokens_are_those_of_the_merged_model_in_transformers(family, dtype):
     edge, weights = language_model(family, dtype), random_weights(1)
     special = SpecializedLM(edge, weights, registry("ruler"))
-    (completion,) = special.generate([TURNS], SHORT, grammar=False)
+    completion = decoded(special, TURNS, SHORT, grammar=False)
     bare = transformers_tokens(edge, special)
     with weights.merge_into(edge.model):
         merged = transformers_tokens(edge, special)
@@ -77,32 +78,32 @@ def test_tokens_are_those_of_the_merged_model_in_transformers(family, dtype):
 def test_without_weights_it_is_the_bare_model():
     edge = language_model()
     special = SpecializedLM(edge, None, registry())
-    (completion,) = special.generate([TURNS], SHORT, grammar=False)
+    completion = decoded(special, TURNS, SHORT, grammar=False)
     assert list(completion.token_ids) == transformers_tokens(edge, special)
 
 
 def test_steps_are_held_to_the_registry():
     special = SpecializedLM(language_model(), random_weights(0), registry("ruler", "scale"))
-    called = special.generate([TURNS], tool_choice="any")[0]
+    called = decoded(special, TURNS, tool_choice="any")
     step = parse_step(called.text, special.registry)
     assert isinstance(step, ToolStep) and step.action in ("ruler", "scale")
     assert step.arguments["unit"] in ("cm", "inch")
-    named = parse_step(special.generate([TURNS], tool_choice="scale")[0].text, special.registry)
+    named = parse_step(decoded(special, TURNS, tool_choice="scale").text, special.registry)
     assert isinstance(named, ToolStep) and named.action == "scale"
-    answered = special.generate([TURNS], SHORT, tool_choice="none")[0]
+    answered = decoded(special, TURNS, SHORT, tool_choice="none")
     assert isinstance(parse_step(answered.text, special.registry), Answer)
     with pytest.raises(GrammarError, match="hammer"):
         special.stream(TURNS, tool_choice="hammer")
 
 
-def test_streaming_gives_what_a_batch_gives():
+def test_the_pieces_of_a_stream_are_the_text_that_its_tokens_spell():
     special = SpecializedLM(language_model(), random_weights(0), registry("ruler", "scale"))
     again = [Turn("How long is it?", (TakenStep("ruler", '{"unit": "cm"}', "12"),))]
-    batch = special.generate([TURNS, again], SHORT)
-    for turns, completion in zip((TURNS, again), batch, strict=True):
+    for turns in (TURNS, again):
         stream = special.stream(turns, SHORT)
-        assert "".join(stream) == completion.text
-        assert stream.completion.token_ids == completion.token_ids
+        assert "".join(stream) == stream.completion.text != ""
+        spelt = special.edge.tokenizer.decode(stream.completion.token_ids, skip_special_tokens=True)
+        assert stream.completion.text == spelt.removesuffix("\nObservation:")
 
 
 def test_free_text_ends_before_the_tools_report(monkeypatch):
@@ -138,7 +139,7 @@ def test_an_answer_ends_before_further_lines_of_a_step(monkeypatch):
         def __init__(self, calls: float) -> None:
             self.calls = calls
 
-        def __call__(self, request: Any, *, opening: bool) -> ToolProbabilities:
+        def __call__(self, request: Any) -> ToolProbabilities:
             return ToolProbabilities(self.calls, {"ruler": 1.0, "scale": 0.0})
 
     for calls in (0.0, 1.0):
