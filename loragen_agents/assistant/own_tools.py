@@ -24,7 +24,7 @@ from loragen_agents.errors import RegistryError
 from loragen_agents.registry import Tool, ToolRegistry
 
 
-def read_tools(words: Sequence[str], context: Context) -> list[BaseTool]:
+def named_tools(words: Sequence[str], context: Context) -> list[BaseTool]:
     """The tools that `--tools` names: the assistant's own by name or group, and those of `.py` and `.yaml` files.
 
     A YAML file describes functions of the same name among the others anew; a tool that only it knows is shown but not

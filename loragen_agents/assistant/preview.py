@@ -6,7 +6,7 @@ from typing import Any
 
 from loragen_agents.assistant.tools.context import Context, ToolError
 from loragen_agents.assistant.tools.files import read_text, size_text
-from loragen_agents.assistant.tools.store import Kind
+from loragen_agents.assistant.tools.store import EntryKind
 
 MAX_LINES = 40
 
@@ -63,7 +63,7 @@ def _delete_file(context: Context, arguments: Mapping[str, Any]) -> str:
     return f"would delete {context.folder.name(file)} ({size_text(file.stat().st_size)}) for good"
 
 
-def _delete_entry(kind: Kind) -> Callable[[Context, Mapping[str, Any]], str]:
+def _delete_entry(kind: EntryKind) -> Callable[[Context, Mapping[str, Any]], str]:
     def describe(context: Context, arguments: Mapping[str, Any]) -> str:
         return f"would delete the {kind}: {context.store.find(kind, arguments[kind]).text}"
 

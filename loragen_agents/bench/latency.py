@@ -13,10 +13,10 @@ from typing import Any
 
 from loragen_agents.bench import plots
 from loragen_agents.bench.costs import TurnCost, variant_cost
-from loragen_agents.bench.launch import BenchEngine, runnable_variants
 from loragen_agents.bench.report import Cells, markdown_table, missing_lines
 from loragen_agents.bench.results import RunFolder, library_versions, machine
 from loragen_agents.bench.runner import Engine
+from loragen_agents.bench.task_run import BenchEngine, runnable_variants
 from loragen_agents.bench.variants import CACHED_REFERENCE, REFERENCE, Variant
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.errors import DataError

@@ -98,7 +98,7 @@ def _fail(arguments: argparse.Namespace, message: str) -> int:
 async def _run(arguments: argparse.Namespace, requests: list[str] | None, choice: "ModelChoice") -> int:
     from datetime import datetime
 
-    from loragen_agents.assistant.own_tools import check_names, read_servers, read_tools, server_tools
+    from loragen_agents.assistant.own_tools import check_names, named_tools, read_servers, server_tools
     from loragen_agents.assistant.sessions import data_folder
     from loragen_agents.assistant.tools.context import Context, Folder
     from loragen_agents.assistant.tools.store import Store
@@ -109,7 +109,7 @@ async def _run(arguments: argparse.Namespace, requests: list[str] | None, choice
     )
     words = [word.strip() for given in arguments.tools for word in given.split(",") if word.strip()]
     try:
-        tools = read_tools(words, context)
+        tools = named_tools(words, context)
         connections = read_servers(arguments.mcp) if arguments.mcp else {}
     except RegistryError as error:
         return _fail(arguments, str(error))

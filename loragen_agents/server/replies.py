@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from loragen_agents.server.api_errors import ApiError
-from loragen_agents.server.steps import CallArguments, CallStart, Content, Finish, Part
+from loragen_agents.server.steps import CallArguments, CallStart, Content, Finish, ReplyPart
 
 
 class Reply:
@@ -35,7 +35,7 @@ class Reply:
         self._arguments: list[str] = []
         self.finish: Finish | None = None
 
-    def add(self, part: Part) -> None:
+    def add(self, part: ReplyPart) -> None:
         """Take the next part of an answer that is sent as a whole."""
         if isinstance(part, Content):
             self._content.append(part.text)
@@ -63,7 +63,7 @@ class Reply:
             "loragen_agents": self.finish.facts,
         }
 
-    def chunks(self, part: Part) -> Iterator[dict[str, Any]]:
+    def chunks(self, part: ReplyPart) -> Iterator[dict[str, Any]]:
         """The chunks that a part makes in a stream."""
         if isinstance(part, CallStart):
             function = {"name": part.name, "arguments": ""}

@@ -64,10 +64,10 @@ class Finish:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Part = Content | CallStart | CallArguments | Finish
+ReplyPart = Content | CallStart | CallArguments | Finish
 
 
-def run_request(model: LoRAGenChatModel, request: ChatRequest, cancel: threading.Event) -> Iterator[Part]:
+def run_request(model: LoRAGenChatModel, request: ChatRequest, cancel: threading.Event) -> Iterator[ReplyPart]:
     """Run one request.
 
     Args:
@@ -112,7 +112,7 @@ def run_request(model: LoRAGenChatModel, request: ChatRequest, cancel: threading
                 yield Finish(reason, finish.prompt_tokens, finish.cached_tokens, finish.completion_tokens, finish.facts)
 
 
-def _parts(event: StepEvent | StepOutcome) -> Iterator[Part]:
+def _parts(event: StepEvent | StepOutcome) -> Iterator[ReplyPart]:
     if isinstance(event, AnswerDelta):
         yield Content(event.text)
     elif isinstance(event, ActionKnown):

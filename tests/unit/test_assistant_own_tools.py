@@ -13,7 +13,7 @@ import pytest
 from loragen_agents import cli
 from loragen_agents.assistant import loading
 from loragen_agents.assistant.agent import Assistant
-from loragen_agents.assistant.own_tools import python_tools, read_servers, read_tools, server_tools
+from loragen_agents.assistant.own_tools import named_tools, python_tools, read_servers, server_tools
 from loragen_agents.assistant.permission import Permissions, asks_first
 from loragen_agents.assistant.turns import Turn
 from loragen_agents.errors import RegistryError
@@ -62,7 +62,7 @@ def run(context: Any, tools: Any, *script: Any, permissions: Permissions | None 
 
 
 def test_functions_and_langchain_tools_of_a_file(context, my_tools):
-    tools = read_tools([str(my_tools)], context)
+    tools = named_tools([str(my_tools)], context)
     assert {tool.name: asks_first(tool) for tool in tools} == {"shout": False, "whisper": True}
     turn = run(context, tools, call("shout", text="hi"), "HI!")
     assert turn.calls[0].text == "HI" and turn.answer == "HI!"
@@ -70,7 +70,7 @@ def test_functions_and_langchain_tools_of_a_file(context, my_tools):
 
 
 def test_files_go_with_groups(context, my_tools):
-    names = {tool.name for tool in read_tools(["timers", str(my_tools)], context)}
+    names = {tool.name for tool in named_tools(["timers", str(my_tools)], context)}
     assert names == {"start_timer", "list_timers", "cancel_timer", "shout", "whisper"}
 
 
@@ -80,7 +80,7 @@ def test_a_yaml_file_describes_anew_or_only_shows(context, my_tools, tmp_path):
         "  parameters: {properties: {text: {type: string, description: what to say}}, required: [text]}\n"
         "- name: open_door\n  description: Opens a door.\n"
     )
-    tools = {tool.name: tool for tool in read_tools([str(my_tools), str(tmp_path / "my_tools.yaml")], context)}
+    tools = {tool.name: tool for tool in named_tools([str(my_tools), str(tmp_path / "my_tools.yaml")], context)}
     assert tools["shout"].description == "Makes a text loud."
     turn = run(context, list(tools.values()), call("shout", text="hi"), call("open_door"), "Open.")
     assert [one.text for one in turn.calls] == [
@@ -108,9 +108,9 @@ def test_files_that_can_not_be_used_are_named(tmp_path, source, message):
 def test_two_tools_of_one_name_are_an_error(context, tmp_path):
     (tmp_path / "clash.py").write_text('def today() -> str:\n    """Today."""\n    return ""\n')
     with pytest.raises(RegistryError, match="today"):
-        read_tools(["dates", str(tmp_path / "clash.py")], context)
+        named_tools(["dates", str(tmp_path / "clash.py")], context)
     with pytest.raises(RegistryError, match="no file"):
-        read_tools([str(tmp_path / "none.py")], context)
+        named_tools([str(tmp_path / "none.py")], context)
 
 
 class TestServersFile:
@@ -203,5 +203,5 @@ def test_the_readmes_example(context, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     source = readme.split("# my_tools.py\n", 1)[1].split("```", 1)[0]
     (tmp_path / "my_tools.py").write_text(source)
-    tools = read_tools([str(tmp_path / "my_tools.py")], context)
+    tools = named_tools([str(tmp_path / "my_tools.py")], context)
     assert run(context, tools, call("shout", text="hello"), "HELLO").calls[0].text == "HELLO"

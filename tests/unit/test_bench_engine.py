@@ -13,10 +13,10 @@ from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.bench import embedding
 from loragen_agents.bench.engine import ModelEngine, ModelSession
 from loragen_agents.bench.gpt4tools_task import mini_task
-from loragen_agents.bench.launch import run_task
 from loragen_agents.bench.recipes import weights_of_task
 from loragen_agents.bench.results import RunFolder
 from loragen_agents.bench.runner import run_variants
+from loragen_agents.bench.task_run import run_task
 from loragen_agents.bench.variants import check_variants, variant_from_name, variants_from_names
 from loragen_agents.cli import main
 from loragen_agents.conversation.prompts import Turn

@@ -10,7 +10,7 @@ from loragen_agents.assistant.results import Result, table_result
 from loragen_agents.assistant.tools.context import Context, ToolError
 from loragen_agents.assistant.tools.dates import day_text
 from loragen_agents.assistant.tools.moments import duration, moment
-from loragen_agents.assistant.tools.store import Entry, Kind
+from loragen_agents.assistant.tools.store import Entry, EntryKind
 
 
 def note_tools(context: Context) -> dict[str, Callable[..., Result]]:
@@ -121,7 +121,7 @@ def _length(text: str) -> timedelta:
     return duration(text)
 
 
-def _entries(kind: Kind, entries: list[Entry]) -> Result:
+def _entries(kind: EntryKind, entries: list[Entry]) -> Result:
     if not entries:
         return Result(f"There are no {kind}s.")
     if kind == "reminder":

@@ -15,7 +15,7 @@ from typing import Literal
 
 from loragen_agents.assistant.tools.context import ToolError
 
-Kind = Literal["note", "task", "reminder", "timer"]
+EntryKind = Literal["note", "task", "reminder", "timer"]
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -41,7 +41,7 @@ class Entry:
     """
 
     id: int
-    kind: Kind
+    kind: EntryKind
     number: int
     text: str
     created: datetime
@@ -57,7 +57,7 @@ class Store:
         with self._open() as connection:
             connection.execute(_TABLE)
 
-    def add(self, kind: Kind, text: str, created: datetime, due: datetime | None = None) -> Entry:
+    def add(self, kind: EntryKind, text: str, created: datetime, due: datetime | None = None) -> Entry:
         text = " ".join(text.split())
         if not text:
             raise ToolError(f"the {kind} is empty; say what it is about")
@@ -71,7 +71,7 @@ class Store:
             )
         return Entry(int(cursor.lastrowid or 0), kind, number, text, created, due)
 
-    def open_entries(self, kind: Kind) -> list[Entry]:
+    def open_entries(self, kind: EntryKind) -> list[Entry]:
         """What is neither done nor deleted, the next due first, else in the order in which it was added."""
         with self._open() as connection:
             rows = connection.execute(
@@ -81,7 +81,7 @@ class Store:
             ).fetchall()
         return [_entry(row) for row in rows]
 
-    def find(self, kind: Kind, words: str) -> Entry:
+    def find(self, kind: EntryKind, words: str) -> Entry:
         """The one entry that a number, or words, mean.
 
         Raises:
@@ -96,7 +96,7 @@ class Store:
         listed = "; ".join(f"{entry.number}. {entry.text}" for entry in (found or entries)[:8])
         raise ToolError(f"{'several' if found else 'no'} {kind}s match {words!r}: {listed}", outside=True)
 
-    def search(self, kind: Kind, words: str) -> list[Entry]:
+    def search(self, kind: EntryKind, words: str) -> list[Entry]:
         """Entries that hold the words; those that hold all of them if there are any."""
         entries = self.open_entries(kind)
         wanted = _words(words)

@@ -53,7 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_task(arguments: argparse.Namespace, engine: "ModelEngine", task: "Task") -> int:
     from loragen_agents.bench import report
-    from loragen_agents.bench.launch import run_task as run_it
+    from loragen_agents.bench.task_run import run_task as run_it
     from loragen_agents.bench.variants import CHOICE_VARIANTS, DEFAULT_VARIANTS, variants_from_names
     from loragen_agents.support.console import print_json
 
