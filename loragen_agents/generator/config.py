@@ -17,7 +17,7 @@ class GeneratorConfig:
     router_width: width between f1 and f2 of Eq. 3 (the paper gives none).
     direct_width: width inside the feed-forward net of the direct variant (the paper gives none).
     cloud_rank, cloud_alpha, cloud_dropout: of the cloud LM's own LoRA on q and v.
-    memory_layers: how many of the edge LM's last layers hold pieces of the tool memory; 0 is the paper's generator.
+    memory_layers: how many of the edge LM's last layers hold updates of the tool memory; 0 is the paper's generator.
     memory_common_rank, memory_key_rank, memory_value_rank: widths of the memory's maps (see `ToolMemory`).
     head_layers: how many of the edge LM's last layers the tool head looks at; 0 is no head: names are scored.
     head_width: numbers that each layer and place gives to a tool's vector (see `ToolHead`).

@@ -39,15 +39,15 @@ class MemoryWriter(nn.Module):
         self._lock = Lock()
 
     def forward(self, registry: ToolRegistry, beside: LoRAWeights) -> tuple[LoRAWeights, ToolMatch]:
-        """The registry's pieces, and what requests are matched with.
+        """The registry's updates, and the match of requests that training adds as a loss.
 
-        Gradients reach the memory's maps, not the weights beside which the tools are read.
+        Gradients reach the memory's maps, not the weights `beside` that are in place while the tools are read.
         """
         readings = self.read(registry, beside)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
 
     def each(self, registry: ToolRegistry, beside: LoRAWeights) -> list[LoRAWeights]:
-        """The pieces of each tool as if it were alone in its registry: what is in place once it is chosen."""
+        """The updates of each tool as if it were alone in its registry: what is in place once it is chosen."""
         return [LoRAWeights(self._layers, 1, 1, self.memory([reading])) for reading in self.read(registry, beside)]
 
     def read(self, registry: ToolRegistry, beside: LoRAWeights) -> list[ToolReading]:

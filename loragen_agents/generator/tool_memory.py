@@ -1,13 +1,13 @@
-"""Associative tool memory: a registry written into `down_proj` as rank-one pieces `v kᵀ`, some for each tool.
+"""Associative tool memory: a registry written into `down_proj` as rank-one updates `v kᵀ`, some for each tool.
 
-Where routed experts carry format and task, the pieces carry the registry itself, as fast weights and linear
-associative memories do. A tool is read once: its description stands in the place of a user's request, and the edge LM
-runs over the step that would call it. The FFN activations at the places where the registry has a say in the next token
-become keys; the value of a piece is the direction that raises the right token's logit. A request that means what the
-description says has similar activations at the same places, so the pieces answer with what the registry says there.
+Routed experts carry format and task; the updates carry the registry itself, as fast weights and linear associative
+memories do. A tool is read once: its description stands in the place of a user's request, and the edge LM runs over the
+step that calls it. At some places of the step the registry decides which token is next. The FFN activation at such a
+place gives the key of an update; its value is the direction that raises the logit of that token. A request that means
+what the description says has similar activations at the same places, so the update raises the same token there.
 
-Pieces of different tools do not depend on each other but for a common mean that is taken off, so that a registry grows
-or shrinks by a tool without reading the others again. This module knows how keys and values become weights; it knows
+Updates of different tools depend on each other only by a common mean that is subtracted, so that a registry grows or
+shrinks by a tool without reading the others again. This module knows how keys and values become weights; it knows
 nothing of tokenizers, prompts or registries (see `tool_reading`).
 """
 
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from loragen_agents.adapter.tool_match import ToolMatch
 
 
-class PieceKind(IntEnum):
-    """What a piece answers with.
+class UpdateKind(IntEnum):
+    """What an update raises.
 
     NAME_START: the first token of a tool's name. NAME: a later one, or the line's end behind it.
     ARGUMENT: a token of an argument's name, in a json input.
-    INPUT: how an input begins, which is how json inputs differ from csv.
-    DECISION: that a tool is called, and not none.
-    OWN_INPUT: how the input of this tool begins where those of others differ, as without arguments.
+    INPUT: the token with which an input begins, by which json inputs differ from csv.
+    DECISION: the token that says that a tool is called.
+    OWN_INPUT: as INPUT, where this tool's input begins otherwise than those of others (`{}` without arguments).
     """
 
     NAME_START = 0
@@ -40,10 +40,10 @@ class PieceKind(IntEnum):
     OWN_INPUT = 5
 
 
-# In these, what all tools of a registry have in common says nothing. That some tool serves a request, and how inputs
-# are written, is on the contrary the same for all of them.
-_CENTRED = (PieceKind.NAME_START, PieceKind.NAME, PieceKind.ARGUMENT, PieceKind.OWN_INPUT)
-# A direction that keeps less of its length than this when the mean is taken off is the same for all tools.
+# Kinds that tell tools apart: what all tools of a registry have in common is subtracted. That a tool is called at all,
+# and how inputs are written, is the same for all of them and stays.
+_CENTRED = (UpdateKind.NAME_START, UpdateKind.NAME, UpdateKind.ARGUMENT, UpdateKind.OWN_INPUT)
+# A direction that keeps less of its length than this without the mean is the same for all tools.
 _SMALLEST_PART = 1e-3
 
 
@@ -51,10 +51,10 @@ _SMALLEST_PART = 1e-3
 class ToolReading:
     """What was read of one tool.
 
-    activations: inputs of `down_proj` in the memory's layers where a piece has a say, with shape
-        (memory layers, pieces, intermediate size).
-    directions: what raises the logit of the token that is to come there, with shape (pieces, hidden size).
-    kinds: a `PieceKind` for each piece, with shape (pieces,); each tool has one DECISION, NAME_START, INPUT
+    activations: inputs of `down_proj` in the memory's layers at the place of each update, with shape
+        (memory layers, updates, intermediate size).
+    directions: what raises the logit of the token that is next there, with shape (updates, hidden size).
+    kinds: an `UpdateKind` for each update, with shape (updates,); each tool has one DECISION, NAME_START, INPUT
         and OWN_INPUT.
     """
 
@@ -66,13 +66,13 @@ class ToolReading:
 class ToolMemory(nn.Module):
     """Turns readings of tools into rank-one updates of `down_proj`, with a few learnt maps.
 
-    Of a layer l and a piece of kind κ with activation x, the key is k = norm(c + U_κl D_κl c). Here c is x less a
-    learnt background and less its part in the directions that FFN activations commonly have; for names, arguments and
-    OWN_INPUT, the mean of the registry's pieces of the same kind is taken off before norm. The value is
-    v = e + V_l W_l e, where e is the piece's direction, centred in the same way and normalised. The update of
-    `down_proj` is s_κl v kᵀ; as the INPUT pieces of all tools fire together, they share one s.
+    In layer l, an update of kind κ with activation x has the key k = norm(c + U_κl D_κl c). Here c is x less a learnt
+    background and less its part in the directions that FFN activations commonly have; for names, arguments and
+    OWN_INPUT, the mean of the registry's updates of the same kind is subtracted before norm. The value is
+    v = e + V_l W_l e, where e is the update's direction, centred in the same way and normalised. `down_proj` gets
+    s_κl v kᵀ; the INPUT updates of all tools answer to the same activations, so they share one s.
 
-    layers: the edge layers that hold pieces, in order.
+    layers: the edge layers that hold updates, in order.
     """
 
     scale: Tensor
@@ -90,11 +90,11 @@ class ToolMemory(nn.Module):
         initial_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        kinds, count = len(PieceKind), len(layers)
+        kinds, count = len(UpdateKind), len(layers)
         self.layers = tuple(layers)
         self.scale = nn.Parameter(torch.full((kinds, count), initial_scale))
         self.background = nn.Parameter(torch.zeros(kinds, count, intermediate_size))
-        # Pieces that answered to what all activations share would fire at every token, not where they belong alone.
+        # An update that answered to what all activations share would change every token, not only its own place.
         self.register_buffer("common", torch.zeros(count, intermediate_size, common_rank))
         self.key_down = nn.Parameter(torch.randn(kinds, count, intermediate_size, key_rank) * 0.02)
         self.key_up = nn.Parameter(torch.zeros(kinds, count, key_rank, intermediate_size))
@@ -105,17 +105,17 @@ class ToolMemory(nn.Module):
         self.decision_threshold = nn.Parameter(torch.tensor(5.0))
 
     def keys(self, readings: Sequence[ToolReading]) -> tuple[Tensor, Tensor]:
-        """Keys of all pieces (memory layers, pieces, intermediate size), and the kind of each (pieces,)."""
+        """Keys of all updates (memory layers, updates, intermediate size), and the kind of each (updates,)."""
         x = torch.cat([reading.activations for reading in readings], dim=1).to(self.scale)
         kinds = _kinds(readings).to(x.device)
         keys = torch.zeros_like(x)
-        for kind in PieceKind:
+        for kind in UpdateKind:
             chosen = (kinds == kind).nonzero()[:, 0]
             if len(chosen):
                 keys = keys.index_copy(1, chosen, self._keys_of(kind, x[:, chosen]))
         return keys, kinds
 
-    def _keys_of(self, kind: PieceKind, x: Tensor) -> Tensor:
+    def _keys_of(self, kind: UpdateKind, x: Tensor) -> Tensor:
         centred = x - self.background[kind][:, None]
         centred = centred - torch.bmm(torch.bmm(centred, self.common), self.common.transpose(1, 2))
         mapped = centred + torch.bmm(torch.bmm(centred, self.key_down[kind]), self.key_up[kind])
@@ -131,7 +131,7 @@ class ToolMemory(nn.Module):
         """
         kinds = _kinds(readings)
         x = torch.cat([reading.activations for reading in readings], dim=1).to(self.scale)
-        for kind in PieceKind:
+        for kind in UpdateKind:
             if (kinds == kind).any():
                 self.background[kind] = x[:, kinds == kind].mean(dim=1)
         for layer, rows in enumerate(activations.to(self.scale)):
@@ -139,29 +139,29 @@ class ToolMemory(nn.Module):
             self.common[layer] = vectors[:, -self.common.shape[-1] :]
 
     def forward(self, readings: Sequence[ToolReading]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-        """The pieces of a registry as LoRA entries of `down_proj`: A (pieces, intermediate), B (hidden, pieces)."""
+        """The updates of a registry as LoRA entries of `down_proj`: A (updates, intermediate), B (hidden, updates)."""
         keys, kinds = self.keys(readings)
         directions = torch.cat([reading.directions for reading in readings]).to(self.scale)
         e = torch.zeros_like(directions)
-        for kind in PieceKind:
+        for kind in UpdateKind:
             e[kinds == kind] = _less_mean(kind, directions[None, kinds == kind])[0]
-        # Where all tools go on with the same token, rounding errors are left, which must not become directions.
+        # Where all tools go on with the same token, only rounding errors are left, which must not become directions.
         length = torch.maximum(e.norm(dim=-1), _SMALLEST_PART * directions.norm(dim=-1)).clamp(min=1e-12)
         e = (e / length[:, None]).expand(len(self.layers), -1, -1)
         values = e + torch.bmm(torch.bmm(e, self.value_down), self.value_up)
-        inputs = kinds == PieceKind.INPUT
+        inputs = kinds == UpdateKind.INPUT
         shares = torch.where(inputs, 1 / inputs.sum().clamp(min=1), 1.0)
         values = values * (self.scale[kinds] * shares[:, None]).T[..., None]
         return {(layer, "down_proj"): (keys[n], values[n].T) for n, layer in enumerate(self.layers)}
 
     def match(self, readings: Sequence[ToolReading]) -> ToolMatch:
-        """What requests are matched with by state, with gradients."""
+        """The match of requests that training adds as a loss, with gradients."""
         keys, kinds = self.keys(readings)
-        backgrounds = [self.background[PieceKind.DECISION], self.background[PieceKind.NAME_START]]
+        backgrounds = [self.background[UpdateKind.DECISION], self.background[UpdateKind.NAME_START]]
         return ToolMatch(
             self.layers,
-            decision_keys=keys[:, kinds == PieceKind.DECISION],
-            name_keys=keys[:, kinds == PieceKind.NAME_START],
+            decision_keys=keys[:, kinds == UpdateKind.DECISION],
+            name_keys=keys[:, kinds == UpdateKind.NAME_START],
             backgrounds=torch.stack(backgrounds),
             weights=torch.stack([self.decision_weight, self.match_weight]),
             threshold=self.decision_threshold,
@@ -172,6 +172,6 @@ def _kinds(readings: Sequence[ToolReading]) -> Tensor:
     return torch.cat([reading.kinds for reading in readings])
 
 
-def _less_mean(kind: PieceKind, x: Tensor) -> Tensor:
-    """x (layers, pieces, width) less the mean over the pieces, where the kind asks for it; a single one stays as is."""
+def _less_mean(kind: UpdateKind, x: Tensor) -> Tensor:
+    """x (layers, updates, width) less its mean over the updates, where the kind asks for it and there are several."""
     return x - x.mean(dim=1, keepdim=True) if kind in _CENTRED and x.shape[1] > 1 else x

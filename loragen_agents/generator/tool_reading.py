@@ -1,6 +1,6 @@
 """Reads tools for the associative memory: one pass of the edge LM over each description and the call it asks for.
 
-Knows prompts and the edge LM; what keys and values become of the states is `tool_memory`'s part.
+Knows prompts and the edge LM; how the activations become keys and values is `tool_memory`'s part.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
-from loragen_agents.generator.tool_memory import PieceKind, ToolReading
+from loragen_agents.generator.tool_memory import ToolReading, UpdateKind
 from loragen_agents.generator.tool_texts import as_request
 from loragen_agents.models.language_models import gated_ffn_layers
 from loragen_agents.registry import InputFormat, Tool
@@ -27,16 +27,16 @@ MAX_ARGUMENTS = 8
 
 @dataclass(frozen=True)
 class ReadingText:
-    """A reading as token ids, and where pieces are taken from it.
+    """A reading as token ids, and the places of its updates.
 
-    places: of each piece, the index in `ids` of the token whose successor it answers with.
-    kinds: a `PieceKind` each.
-    raised, lowered: token ids whose logit a piece raises and lowers, None for none.
+    places: of each update, the index in `ids` of the token before the one that it raises.
+    kinds: an `UpdateKind` each.
+    raised, lowered: token ids whose logit an update raises and lowers, None for none.
     """
 
     ids: list[int]
     places: list[int]
-    kinds: list[PieceKind]
+    kinds: list[UpdateKind]
     raised: list[int | None]
     lowered: list[int | None]
 
@@ -48,23 +48,23 @@ def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat
     """
     prompt = renderer.user_turn([Turn(as_request(tool.description, _MAX_DESCRIPTION))])
     yes, no, opening = (renderer.encode_text(text)[0] for text in (USE_TOOL, NO_TOOL, _OPENING))
-    # The step is tokenised as a whole, as it is when a model writes it; parts remember which piece of it is which.
-    parts: list[tuple[str, PieceKind | None]] = [
+    # The step is tokenised as a whole, as it is when a model writes it; the parts say which stretch of it is which.
+    parts: list[tuple[str, UpdateKind | None]] = [
         (USE_TOOL + ACTION, None),
-        (f" {tool.name}", PieceKind.NAME),
+        (f" {tool.name}", UpdateKind.NAME),
         (ACTION_INPUT, None),
     ]
     if input_format == "json":
         names = tool.argument_names[:MAX_ARGUMENTS]
-        parts.append((" {" if names else " {}", PieceKind.INPUT))
+        parts.append((" {" if names else " {}", UpdateKind.INPUT))
         for number, name in enumerate(names):
             written = json.dumps(name, ensure_ascii=False)[1:-1]
-            parts += [(', "' if number else '"', None), (written, PieceKind.ARGUMENT)]
+            parts += [(', "' if number else '"', None), (written, UpdateKind.ARGUMENT)]
             parts.append((f'": {_example(tool, name, written)}', None))
     ids, starts = renderer.encode_with_starts("".join(text for text, _ in parts))
-    made = ReadingText([], [len(prompt) - 1], [PieceKind.DECISION], [yes], [no])
+    made = ReadingText([], [len(prompt) - 1], [UpdateKind.DECISION], [yes], [no])
 
-    def add(index: int, kind: PieceKind, raised: int | None, lowered: int | None = None) -> None:
+    def add(index: int, kind: UpdateKind, raised: int | None, lowered: int | None = None) -> None:
         made.places.append(len(prompt) + index - 1)
         made.kinds.append(kind)
         made.raised.append(raised)
@@ -76,21 +76,21 @@ def reading_text(renderer: PromptRenderer, tool: Tool, input_format: InputFormat
         end = begin + len(text)
         if kind is not None:
             inside = [n for n in range(len(ids)) if starts[n] < end and ends[n] > begin]
-            if kind is PieceKind.NAME:
+            if kind is UpdateKind.NAME:
                 # The token behind a name tells "find" from "find_all".
                 inside.append(inside[-1] + 1)
-                add(inside[0], PieceKind.NAME_START, ids[inside[0]])
+                add(inside[0], UpdateKind.NAME_START, ids[inside[0]])
                 inside = inside[1:]
-            elif kind is PieceKind.INPUT:
+            elif kind is UpdateKind.INPUT:
                 inside = inside[:1]
-                add(inside[0], PieceKind.OWN_INPUT, ids[inside[0]])
+                add(inside[0], UpdateKind.OWN_INPUT, ids[inside[0]])
             for index in inside:
                 add(index, kind, ids[index])
         begin = end
     if input_format == "csv":
-        for kind in (PieceKind.INPUT, PieceKind.OWN_INPUT):
+        for kind in (UpdateKind.INPUT, UpdateKind.OWN_INPUT):
             add(len(ids), kind, None, opening)
-    # What stands behind the last place has no bearing on any.
+    # Under the causal mask, tokens behind the last place change none of the activations.
     made.ids.extend((prompt + ids)[: made.places[-1] + 1])
     return made
 

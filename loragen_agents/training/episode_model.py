@@ -153,8 +153,8 @@ class EpisodeModel(nn.Module):
         writer = self.generator.tool_memory
         match: ToolMatch | None = None
         if writer is not None and episode.registry:
-            pieces, match = writer(episode.registry, weights)
-            weights = weights.concatenate(pieces)
+            updates, match = writer(episode.registry, weights)
+            weights = weights.concatenate(updates)
         counts = _Counts.of(episode)
         loss = torch.zeros((), device=self._edge[0].device)
         with apply_lora(self._edge[0], weights):

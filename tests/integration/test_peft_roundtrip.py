@@ -42,7 +42,7 @@ def language_model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def weights(language_model: LanguageModel) -> LoRAWeights:
-    """Weights out of a generator whose experts have moved, with two rank-one pieces more in some layers."""
+    """Weights out of a generator whose experts have moved, with two rank-one updates more in some layers."""
     torch.manual_seed(0)
     generator = LoRAGenerator(GeneratorConfig(), language_model, language_model)
     with torch.no_grad():
@@ -50,11 +50,11 @@ def weights(language_model: LanguageModel) -> LoRAWeights:
             if name.startswith("b."):
                 parameter.normal_(std=0.06)
     shape = generator.shape
-    pieces = {
+    updates = {
         (layer, "down_proj"): (torch.randn(2, shape.intermediate) / 40, torch.randn(shape.hidden, 2) / 24)
         for layer in range(20, shape.layers)
     }
-    return generator.generate("calculator: works out a sum").concatenate(LoRAWeights(shape.layers, 1, 2.0, pieces))
+    return generator.generate("calculator: works out a sum").concatenate(LoRAWeights(shape.layers, 1, 2.0, updates))
 
 
 @pytest.fixture(scope="module")

@@ -173,10 +173,10 @@ def test_the_tool_memory_stands_beside_the_experts():
     made = with_memory()
     plain = made.generate(PROMPTS[0])
     both = made.generate(PROMPTS[0], REGISTRY)
-    pieces, _ = made.tool_memory(REGISTRY, plain)
-    assert {entry for entry in pieces.tensors} == {(1, "down_proj"), (2, "down_proj")}
+    updates, _ = made.tool_memory(REGISTRY, plain)
+    assert {entry for entry in updates.tensors} == {(1, "down_proj"), (2, "down_proj")}
     for layer in range(LAYERS):
-        extra = pieces.update(layer, "down_proj") if layer else torch.zeros(32, 64)
+        extra = updates.update(layer, "down_proj") if layer else torch.zeros(32, 64)
         torch.testing.assert_close(both.update(layer, "down_proj"), plain.update(layer, "down_proj") + extra)
 
 

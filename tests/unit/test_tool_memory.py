@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer
-from loragen_agents.generator.tool_memory import PieceKind, ToolMemory, ToolReading
+from loragen_agents.generator.tool_memory import ToolMemory, ToolReading, UpdateKind
 from loragen_agents.generator.tool_reading import (
     capture_down_proj_inputs,
     read_tools,
@@ -42,7 +42,7 @@ def memory(**settings: int) -> ToolMemory:
 
 
 def random_readings(*lengths: int) -> list[ToolReading]:
-    """Readings with names of these lengths, and a piece of each other kind; pieces in the order of `kinds_of`."""
+    """Readings with names of these lengths, and an update of each other kind; updates in the order of `kinds_of`."""
     torch.manual_seed(2)
     return [
         ToolReading(
@@ -53,26 +53,26 @@ def random_readings(*lengths: int) -> list[ToolReading]:
 
 
 def kinds_of(length: int) -> list[int]:
-    name = [PieceKind.NAME_START, *([PieceKind.NAME] * (length - 1))]
-    return [int(kind) for kind in (PieceKind.DECISION, *name, PieceKind.INPUT, PieceKind.ARGUMENT)]
+    name = [UpdateKind.NAME_START, *([UpdateKind.NAME] * (length - 1))]
+    return [int(kind) for kind in (UpdateKind.DECISION, *name, UpdateKind.INPUT, UpdateKind.ARGUMENT)]
 
 
-def test_pieces_follow_the_formula_written_out_for_one_piece() -> None:
+def test_updates_follow_the_formula_written_out_for_one_update() -> None:
     made, readings = memory(), random_readings(2, 3)
     a, b = made(readings)[2, "down_proj"]
 
-    # By hand: layer 2 is the memory's layer 1; the kinds of the pieces are D S N I A, D S N N I A.
+    # By hand: layer 2 is the memory's layer 1; the kinds of the updates are D S N I A, D S N N I A.
     later = [2, 7, 8]
-    x = torch.cat([reading.activations[1] for reading in readings])[later] - made.background[PieceKind.NAME, 1]
+    x = torch.cat([reading.activations[1] for reading in readings])[later] - made.background[UpdateKind.NAME, 1]
     x = x - x @ made.common[1] @ made.common[1].T
-    c = x + x @ made.key_down[PieceKind.NAME, 1] @ made.key_up[PieceKind.NAME, 1]
+    c = x + x @ made.key_down[UpdateKind.NAME, 1] @ made.key_up[UpdateKind.NAME, 1]
     key = c[1] - c.mean(dim=0)
     directions = torch.cat([reading.directions for reading in readings])[later]
     e = F.normalize(directions[1] - directions.mean(dim=0), dim=0)
     value = e + e @ made.value_down[1] @ made.value_up[1]
 
     torch.testing.assert_close(a[7], key / key.norm())
-    torch.testing.assert_close(b[:, 7], made.scale[PieceKind.NAME, 1] * value)
+    torch.testing.assert_close(b[:, 7], made.scale[UpdateKind.NAME, 1] * value)
     assert a.shape == (11, INTERMEDIATE) and b.shape == (HIDDEN, 11)
 
 
@@ -82,18 +82,18 @@ def test_what_holds_for_every_tool_is_not_taken_off() -> None:
     made.value_up.data.zero_()
     one = random_readings(1)[0]
     alone, crowd = made([one])[2, "down_proj"], made([one] * 5)[2, "down_proj"]
-    index = kinds_of(1).index(PieceKind.INPUT)
+    index = kinds_of(1).index(UpdateKind.INPUT)
     inputs = [index + 4 * n for n in range(5)]
     torch.testing.assert_close(crowd[1][:, inputs] @ crowd[0][inputs], alone[1][:, [index]] @ alone[0][[index]])
     torch.testing.assert_close(
-        crowd[1][:, 4 * 3], made.scale[PieceKind.DECISION, 1] * F.normalize(one.directions[0], dim=0)
+        crowd[1][:, 4 * 3], made.scale[UpdateKind.DECISION, 1] * F.normalize(one.directions[0], dim=0)
     )
 
 
 def test_what_all_names_begin_with_writes_nothing() -> None:
     """`get_weather` and `get_wine`: the first token tells the tools apart for nobody, and rounding errors least."""
     made, readings = memory(), random_readings(1, 1, 1)
-    index = kinds_of(1).index(PieceKind.NAME_START)
+    index = kinds_of(1).index(UpdateKind.NAME_START)
     same = torch.randn(HIDDEN)
     for reading in readings:
         reading.directions[index] = same * 7
@@ -128,14 +128,14 @@ def test_a_request_that_no_description_looks_like_is_for_no_tool() -> None:
     assert logits.argmax(dim=1).tolist() == [0, 1, 2, 3, 3, 3, 3]
 
 
-def test_order_of_tools_changes_nothing_but_the_order_of_pieces() -> None:
+def test_order_of_tools_changes_nothing_but_the_order_of_updates() -> None:
     made, readings = memory(), random_readings(2, 3)
     straight = made(readings)[1, "down_proj"]
     turned = made(readings[::-1])[1, "down_proj"]
     torch.testing.assert_close(straight[1] @ straight[0], turned[1] @ turned[0])
 
 
-def test_a_single_tool_gets_pieces_too() -> None:
+def test_a_single_tool_gets_updates_too() -> None:
     made, readings = memory(), random_readings(1)
     a, b = made(readings)[1, "down_proj"]
     assert (a.norm(dim=1) > 0.9).all() and (b.norm(dim=0) > 0).all()
@@ -146,7 +146,7 @@ def test_background_is_the_mean_of_readings_and_common_the_leading_directions() 
     direction = F.normalize(torch.randn(INTERMEDIATE), dim=0)
     activations = torch.randn(len(LAYERS), 50, INTERMEDIATE) * 0.1 + 5 * torch.randn(len(LAYERS), 50, 1) * direction
     made.set_background(readings, activations)
-    for place, kind in enumerate((PieceKind.DECISION, PieceKind.NAME_START)):
+    for place, kind in enumerate((UpdateKind.DECISION, UpdateKind.NAME_START)):
         own = torch.stack([reading.activations[:, place] for reading in readings])
         torch.testing.assert_close(made.background[kind].data, own.mean(dim=0))
     for basis in made.common:
@@ -154,8 +154,8 @@ def test_background_is_the_mean_of_readings_and_common_the_leading_directions() 
         assert (basis.T @ direction).norm() > 0.99
 
 
-def pieces_of(tool: Tool, form: InputFormat, kind: PieceKind) -> list[tuple[str, str, str]]:
-    """What stands before each piece of a kind, what it raises, and what it lowers."""
+def updates_of(tool: Tool, form: InputFormat, kind: UpdateKind) -> list[tuple[str, str, str]]:
+    """What stands before each update of a kind, what it raises, and what it lowers."""
     decode = tiny_tokenizer().decode
     text = reading_text(PromptRenderer(tiny_tokenizer()), tool, form)
 
@@ -178,49 +178,49 @@ FLIGHTS = Tool(
 
 def test_a_reading_ends_a_name_where_the_line_ends() -> None:
     for each in TOOLS:
-        (before, first, _), *later = pieces_of(each, "json", PieceKind.NAME_START) + pieces_of(
-            each, "json", PieceKind.NAME
+        (before, first, _), *later = updates_of(each, "json", UpdateKind.NAME_START) + updates_of(
+            each, "json", UpdateKind.NAME
         )
         assert as_request(each.description) in before and before.endswith("tool? Yes\nAction:")
         assert first + "".join(raised for _, raised, _ in later) == f" {each.name}\n"
 
 
 def test_a_reading_decides_for_a_tool_behind_the_question() -> None:
-    ((before, raised, lowered),) = pieces_of(FLIGHTS, "json", PieceKind.DECISION)
+    ((before, raised, lowered),) = updates_of(FLIGHTS, "json", UpdateKind.DECISION)
     assert before.endswith("Thought: Do I need to use a tool?")
     assert (" Yes".startswith(raised), " No".startswith(lowered)) == (True, True) and raised != lowered
 
 
 def test_a_reading_spells_arguments_in_json_alone() -> None:
-    pieces = pieces_of(FLIGHTS, "json", PieceKind.ARGUMENT)
-    assert "".join(raised for _, raised, _ in pieces) == "cityseats"
-    assert pieces[0][0].endswith('Action Input: {"')
-    assert pieces[-1][0].rpartition("Action Input:")[2].startswith(' {"city": "city", "')
-    assert pieces_of(FLIGHTS, "csv", PieceKind.ARGUMENT) == []
+    updates = updates_of(FLIGHTS, "json", UpdateKind.ARGUMENT)
+    assert "".join(raised for _, raised, _ in updates) == "cityseats"
+    assert updates[0][0].endswith('Action Input: {"')
+    assert updates[-1][0].rpartition("Action Input:")[2].startswith(' {"city": "city", "')
+    assert updates_of(FLIGHTS, "csv", UpdateKind.ARGUMENT) == []
 
 
 def test_the_input_format_turns_the_sign_of_how_an_input_begins() -> None:
-    ((before, raised, lowered),) = pieces_of(FLIGHTS, "json", PieceKind.INPUT)
+    ((before, raised, lowered),) = updates_of(FLIGHTS, "json", UpdateKind.INPUT)
     assert before.endswith("Action Input:") and ' {"'.startswith(raised) and not lowered
-    ((before, raised, lowered),) = pieces_of(FLIGHTS, "csv", PieceKind.INPUT)
+    ((before, raised, lowered),) = updates_of(FLIGHTS, "csv", UpdateKind.INPUT)
     assert before.endswith("Action Input:") and ' {"'.startswith(lowered) and not raised
-    ((_, raised, _),) = pieces_of(TOOLS[0], "json", PieceKind.INPUT)
+    ((_, raised, _),) = updates_of(TOOLS[0], "json", UpdateKind.INPUT)
     assert " {}".startswith(raised)
 
 
 def test_a_tool_says_how_its_input_begins_with_the_others_and_on_its_own() -> None:
     for form in ("json", "csv"):
         for each in (FLIGHTS, TOOLS[0]):
-            assert pieces_of(each, form, PieceKind.INPUT) == pieces_of(each, form, PieceKind.OWN_INPUT)
+            assert updates_of(each, form, UpdateKind.INPUT) == updates_of(each, form, UpdateKind.OWN_INPUT)
 
 
 def test_an_input_that_begins_unlike_the_others_is_told_from_them() -> None:
-    """One of three tools takes no arguments: where its own name was written, its pieces speak for `{}`."""
+    """One of three tools takes no arguments: where its own name was written, its updates speak for `{}`."""
     made = memory()
     made.value_up.data.zero_()
     torch.manual_seed(3)
     opening, empty = torch.randn(2, HIDDEN)
-    own = int(PieceKind.OWN_INPUT)
+    own = int(UpdateKind.OWN_INPUT)
     readings = [
         ToolReading(torch.randn(len(LAYERS), 1, INTERMEDIATE), direction[None], torch.tensor([own]))
         for direction in (opening, empty, opening)
@@ -230,7 +230,7 @@ def test_an_input_that_begins_unlike_the_others_is_told_from_them() -> None:
     assert said[1] > 0 > max(said[0], said[2])
 
 
-def test_activations_are_those_at_the_places_of_the_pieces() -> None:
+def test_activations_are_those_at_the_places_of_the_updates() -> None:
     model, renderer = tiny_model(), PromptRenderer(tiny_tokenizer())
     tools = [*TOOLS, FLIGHTS]
     for each, reading in zip(tools, read_tools(model, renderer, tools, LAYERS), strict=True):
@@ -243,13 +243,13 @@ def test_activations_are_those_at_the_places_of_the_pieces() -> None:
 def test_reading_in_small_batches_gives_the_same() -> None:
     model, renderer = tiny_model(), PromptRenderer(tiny_tokenizer())
     whole = read_tools(model, renderer, [*TOOLS, FLIGHTS], LAYERS)
-    pieces = read_tools(model, renderer, [*TOOLS, FLIGHTS], LAYERS, max_tokens=1)
-    for one, other in zip(whole, pieces, strict=True):
+    updates = read_tools(model, renderer, [*TOOLS, FLIGHTS], LAYERS, max_tokens=1)
+    for one, other in zip(whole, updates, strict=True):
         torch.testing.assert_close(one.activations, other.activations, atol=1e-5, rtol=1e-4)
 
 
-def test_written_pieces_raise_the_name_behind_its_description() -> None:
-    """In an untrained model, with nothing learnt, the pieces alone make the call's own tokens more likely."""
+def test_written_updates_raise_the_name_behind_its_description() -> None:
+    """In an untrained model, with nothing learnt, the updates alone make the call's own tokens more likely."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     renderer = PromptRenderer(tokenizer)
     readings = read_tools(model, renderer, TOOLS, LAYERS)
@@ -257,7 +257,7 @@ def test_written_pieces_raise_the_name_behind_its_description() -> None:
     weights = LoRAWeights(SIZES["num_hidden_layers"], 1, 1, made(readings))
     for each in TOOLS:
         text = reading_text(renderer, each)
-        named = [n for n, kind in enumerate(text.kinds) if kind in (PieceKind.NAME_START, PieceKind.NAME)]
+        named = [n for n, kind in enumerate(text.kinds) if kind in (UpdateKind.NAME_START, UpdateKind.NAME)]
         places, tokens = [text.places[n] for n in named], torch.tensor([text.raised[n] for n in named])
 
         def name_score(ids: list[int] = text.ids, places: list[int] = places, tokens: torch.Tensor = tokens) -> float:
