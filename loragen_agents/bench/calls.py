@@ -128,7 +128,7 @@ def calls_task(
             tools=registry_size,
             names=names,
             sources={other: float(other == source) for other in sources},
-            unserved=irrelevant,
+            irrelevant=irrelevant,
             input_format=input_format,
         )
         sampler = RegistrySampler(data, seed=seed, split=calls[0].split, options=options, name_key=name_key)
@@ -162,7 +162,7 @@ def registry_task(registry: ToolRegistry, calls: Sequence[CallRecord], name: str
         rng = random.Random(f"{name}/{number}")
         golds: list[GoldCall | str] = [GoldCall(call.tool, call.arguments) for call in record.calls]
         for place, gold in enumerate(golds or ["Sorry, none of my tools can do that."]):
-            kind: SampleKind = "unserved" if isinstance(gold, str) else "next_call" if place else "call"
+            kind: SampleKind = "irrelevant" if isinstance(gold, str) else "next_call" if place else "call"
             sample = Sample((Turn(record.query, tuple(taken)),), gold, kind, record.source)
             try:
                 drawn = _bench_sample(f"{record.source}/{number}/{place}", record.source, sample, registry)
@@ -207,5 +207,4 @@ def _draw(sampler: RegistrySampler, source: str, requests: int, irrelevant: floa
 def _bench_sample(sample_id: str, source: str, sample: Sample, registry: ToolRegistry) -> BenchSample:
     gold = THOUGHT_QUESTION + target_text(sample, registry)
     calls = () if isinstance(sample.gold, str) else (sample.gold,)
-    kind = "irrelevant" if sample.kind == "unserved" else sample.kind
-    return BenchSample(sample_id, source, kind, registry, sample.turns, gold, calls=calls)
+    return BenchSample(sample_id, source, sample.kind, registry, sample.turns, gold, calls=calls)

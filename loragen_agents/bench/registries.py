@@ -330,7 +330,7 @@ class RegistryDrawer:
         registry = ToolRegistry([views[tool_id].tool for tool_id in ids], input_format=draw.input_format)
         samples = [_sample(f"{name}/{number}", row, registry, views, rng) for number, row in enumerate(rows)]
         for number, row in enumerate(lost, len(rows)):
-            gold = THOUGHT_QUESTION + answer_text(wording.unserved_answer(rng))
+            gold = THOUGHT_QUESTION + answer_text(wording.irrelevant_answer(rng))
             # Counted with the source whose registry they are to be turned down in.
             counted = row.source if draw.scheme == "mixed" else source
             samples.append(BenchSample(f"{name}/{number}", counted, "irrelevant", registry, (Turn(row.query),), gold))

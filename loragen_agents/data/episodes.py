@@ -20,7 +20,7 @@ from loragen_agents.conversation.react import (
 )
 from loragen_agents.registry import ToolRegistry
 
-SampleKind = Literal["call", "next_call", "final_answer", "unserved", "chat"]
+SampleKind = Literal["call", "next_call", "final_answer", "irrelevant", "chat"]
 Part = Literal["decision", "format", "name", "arguments", "answer"]
 
 
@@ -40,7 +40,7 @@ class Sample:
         turns: the conversation; the last turn is open (`answer` is None) and holds the steps taken so far.
         gold: the next call, or the text of the answer where no tool is to be called (any more).
         kind: `call` (first call of a request), `next_call` (after steps), `final_answer` (after the last step),
-            `unserved` (no tool of the registry serves the request) or `chat` (it takes no tool).
+            `irrelevant` (no tool of the registry serves the request) or `chat` (it takes no tool).
         source: where the request comes from.
         tool: id of the gold tool in its source; None where the gold is an answer.
     """

@@ -74,7 +74,7 @@ class SamplerOptions:
     mixed_sources: Probability = 0.4
     near: Probability = 0.5
     kinds: Mapping[SampleKind, Weight] = field(
-        default_factory=lambda: {"call": 0.62, "next_call": 0.08, "final_answer": 0.1, "unserved": 0.12, "chat": 0.08}
+        default_factory=lambda: {"call": 0.62, "next_call": 0.08, "final_answer": 0.1, "irrelevant": 0.12, "chat": 0.08}
     )
     names: Mapping[NameMode, Weight] = field(
         default_factory=lambda: {"real": 0.25, "restyled": 0.2, "reworded": 0.15, "invented": 0.32, "swapped": 0.08}
@@ -105,13 +105,13 @@ class SamplerOptions:
         requests: int = 8,
         sources: Mapping[str, float] | None = None,
         near: float = 0.5,
-        unserved: float = 0.0,
+        irrelevant: float = 0.0,
         input_format: InputFormat = "json",
     ) -> "SamplerOptions":
         """Options for the dev set: a fixed number of tools, no augmentation but the names', first calls only.
 
         Args:
-            unserved: share of the requests that no tool of the registry serves.
+            irrelevant: share of the requests that no tool of the registry serves.
         """
         return cls(
             tools=((tools, tools, 1.0),),
@@ -121,7 +121,7 @@ class SamplerOptions:
             other_sources=0.0,
             mixed_sources=0.0,
             near=near,
-            kinds={"call": 1.0 - unserved, "unserved": unserved},
+            kinds={"call": 1.0 - irrelevant, "irrelevant": irrelevant},
             names={names: 1.0},
             mixed_names=0.0,
             numbered_names=0.0,

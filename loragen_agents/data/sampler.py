@@ -148,7 +148,7 @@ class RegistrySampler:
         return rng.choice(self._callable[source or weighted(self._sources, rng)])
 
     def _draw_golds(self, size: int, rng: random.Random) -> tuple[list[str], list[CallRecord], list[str]]:
-        """Gold tools, the rows that they serve alone, and tools left out so that their requests go unserved."""
+        """Gold tools, the rows that they serve alone, and tools left out so that their requests are irrelevant."""
         source = None if rng.random() < self.options.mixed_sources else weighted(self._sources, rng)
         low, high = self.options.gold_tools
         wanted = min(size, rng.randint(low, high))
@@ -181,7 +181,7 @@ class RegistrySampler:
             rows += rng.sample(pool, min(len(pool), self.options.requests))
         rows = list({id(row): row for row in rows}.values())
         missing: list[str] = []
-        if self.options.kinds.get("unserved"):
+        if self.options.kinds.get("irrelevant"):
             for _ in range(20):
                 near_gold = rng.random() < 0.6
                 near = [t for t in self._neighbours(rng.choice(golds)) if t in self._rows] if near_gold else []
@@ -256,14 +256,14 @@ class RegistrySampler:
         if kind == "chat":
             request, answer = wording.small_talk(rng)
             return Sample(self._with_history(Turn(request), rows, views, form, rng), answer, kind, "chat")
-        if kind == "unserved":
+        if kind == "irrelevant":
             if not missing:
                 return None
             row = rng.choice(self._rows[rng.choice(missing)])
             if len(row.calls) > 1:
                 return None
             turns = self._with_history(Turn(self._typed(row, rng)), rows, views, form, rng)
-            return Sample(turns, wording.unserved_answer(rng), kind, row.source)
+            return Sample(turns, wording.irrelevant_answer(rng), kind, row.source)
         if not rows:
             return None
         asked = self._draw_row(rows, kind, rng)

@@ -15,9 +15,9 @@ from loragen_agents.data.phrases import phrases
 _OPENERS = frozenset(phrases("words")["openers"].split())
 
 
-def unserved_answer(rng: random.Random) -> str:
+def irrelevant_answer(rng: random.Random) -> str:
     """Draw what to say where no tool serves a request."""
-    return rng.choice(phrases("answers")["unserved"])
+    return rng.choice(phrases("answers")["irrelevant"])
 
 
 def final_answer(results: list[str], failed: bool, rng: random.Random) -> str:

@@ -36,7 +36,7 @@ class HeadRecipe(HeadRunRecipe):
     directions: int = Field(384, ge=1, description="leading directions of the activations that maps are learnt in")
     step_requests: int = Field(96, ge=1, description="requests of a step, each with a registry of its own")
     step_tools: int = Field(160, ge=2, description="tools of a step, from which its registries are drawn")
-    unserved: float = Field(0.3, ge=0, lt=1, description="share of requests whose registry lacks their tool")
+    irrelevant: float = Field(0.3, ge=0, lt=1, description="share of requests whose registry lacks their tool")
     near: float = Field(0.5, ge=0, le=1, description="share of registries of the tools most like the request")
     invented: float = Field(0.2, ge=0, le=1, description="share of tools that are read by an invented name")
     dropped: float = Field(0.25, ge=0, le=1, description="share of names and of arguments that are not read")

@@ -192,7 +192,7 @@ class _Draws:
             if rng.random() < 0.5:
                 others = [index for index in others if sources[index] == one.source] or others
             size = rng.choice((*_SIZES, len(tools)))
-            served = one.tool is not None and rng.random() >= recipe.unserved
+            served = one.tool is not None and rng.random() >= recipe.irrelevant
             held[row, others[: size - 1 if served else size]] = True
             if served and one.tool is not None:
                 gold[row] = place[one.tool]
@@ -226,5 +226,5 @@ def head_scores(head: ToolHead, coordinates: Tensor, examples: HeadExamples) -> 
         right[f"eight_{one.source}"].append(bool((likeness[one.tool] > likeness[few[:7]]).all()))
         right["served"].append(bool(likeness[[one.tool, *few[:7]]].max() > none[0]))
         if few:
-            right["unserved"].append(bool(likeness[few].max() <= none[0]))
+            right["irrelevant"].append(bool(likeness[few].max() <= none[0]))
     return {name: round(sum(values) / len(values), 4) for name, values in sorted(right.items())}

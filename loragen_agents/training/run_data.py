@@ -128,7 +128,7 @@ def _dev_samplers(data: DataSet, recipe: Recipe) -> dict[str, EpisodeSource]:
     tools, made = recipe.evaluation.tools, dict[str, EpisodeSource]()
     kinds: tuple[NameMode, ...] = ("real", "invented")
     for names in kinds:
-        options = SamplerOptions.evaluation(tools=tools, names=names, requests=4, sources=sources, unserved=0.25)
+        options = SamplerOptions.evaluation(tools=tools, names=names, requests=4, sources=sources, irrelevant=0.25)
         made[names] = RegistrySampler(data, seed=1, split="dev", options=options)
     if recipe.whole_every > 1:
         options = SamplerOptions.evaluation(tools=4, requests=8, sources=sources)

@@ -132,7 +132,7 @@ def test_a_head_learns_what_tools_have_in_common_with_their_requests() -> None:
     fit_head(head, x, made, settings)
     after = head_scores(head, x, made)
     assert before["all_t"] < 0.5 < 0.7 < after["all_t"]
-    assert after["eight_t"] > 0.85 and after["served"] + after["unserved"] > 1.3
+    assert after["eight_t"] > 0.85 and after["served"] + after["irrelevant"] > 1.3
 
 
 def test_a_run_gives_a_generator_with_a_head(
@@ -152,7 +152,7 @@ def test_a_run_gives_a_generator_with_a_head(
     assert keys is not None and keys.vectors.shape == (2, 2 * 2 * 4)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert (
-        {"all_t", "eight_t", "served", "unserved", "none_chat"}
+        {"all_t", "eight_t", "served", "irrelevant", "none_chat"}
         <= scores.keys()
         == after.notes["head"].keys() - {"requests"}
     )

@@ -154,7 +154,7 @@ def test_every_kind_format_and_size_comes_up():
         sizes.add(len(episode.registry))
         assert len(episode.samples) == 8
         assert len({sample.turns for sample in episode.samples}) == 8
-    assert set(kinds) == {"call", "next_call", "final_answer", "unserved", "chat"}
+    assert set(kinds) == {"call", "next_call", "final_answer", "irrelevant", "chat"}
     assert min(kinds.values()) > 20
     assert formats["csv"] > 20
     assert formats["json"] > 60
@@ -162,18 +162,18 @@ def test_every_kind_format_and_size_comes_up():
     assert max(sizes) >= 25
 
 
-def test_a_request_goes_unserved_only_where_its_tool_is_missing():
+def test_a_request_is_irrelevant_only_where_its_tool_is_missing():
     served = {record.query: {call.tool for call in record.calls} for record in small_data().calls}
     for index in range(150):
         episode = sampler().episode(index)
         for sample in episode.samples:
-            if sample.kind == "unserved":
+            if sample.kind == "irrelevant":
                 assert sample.tool is None
                 assert not served[sample.turns[-1].request] & set(episode.tool_ids)
 
 
 def test_evaluation_options_fix_size_names_and_kinds():
-    options = SamplerOptions.evaluation(tools=12, names="real", unserved=0.5, sources={"source0": 1.0})
+    options = SamplerOptions.evaluation(tools=12, names="real", irrelevant=0.5, sources={"source0": 1.0})
     drawn = RegistrySampler(small_data(), split="dev", options=options)
     names = {tool.id: tool.name for tool in small_data().tools.values()}
     kinds: Counter[str] = Counter()
@@ -182,7 +182,7 @@ def test_evaluation_options_fix_size_names_and_kinds():
         assert len(episode.registry) == 12
         assert [names[tool_id] for tool_id in episode.tool_ids] == list(episode.registry.names)
         kinds.update(sample.kind for sample in episode.samples)
-    assert set(kinds) == {"call", "unserved"}
+    assert set(kinds) == {"call", "irrelevant"}
     assert 0.3 < kinds["call"] / kinds.total() < 0.7
 
 

@@ -111,10 +111,10 @@ def test_the_match_learns_what_serves_a_request(edge):
     renderer = shared_renderer(model.tokenizer)
     learner = EpisodeModel(LoRAGenerator(GeneratorConfig(**GENERATOR), None, model), renderer)
     options = checked_options(
-        SamplerOptions, {"tools": [[2, 3, 1.0]], "kinds": {"call": 0.6, "unserved": 0.4}, "history": 0.0}
+        SamplerOptions, {"tools": [[2, 3, 1.0]], "kinds": {"call": 0.6, "irrelevant": 0.4}, "history": 0.0}
     )
     drawn = RegistrySampler(data(), options=options).episode(0)
-    assert {sample.kind for sample in drawn.samples} == {"call", "unserved"}
+    assert {sample.kind for sample in drawn.samples} == {"call", "irrelevant"}
     episode = tokenize_episode(renderer, drawn)
     learner.set_background([episode])
     learner.train()
