@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loragen_agents.commands.options import add_device_options
+
 if TYPE_CHECKING:
     from loragen_agents.chat.chat_models import LoRAGenChatModel
 
 NAME = "serve"
 HELP = "answer OpenAI-compatible clients; tools of their requests are specialised on the fly"
 KEY_VARIABLE = "LORAGEN_AGENTS_API_KEY"
+# The least that each of these options can be.
 _LEAST = {"max_tokens": 1, "max_registries": 1, "max_memory": 1, "workers": 1, "max_waiting": 0, "grace": 0}
 
 
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="the small LM (name, Hub id, folder, GGUF file)")
     parser.add_argument("--cloud", metavar="MODEL", help="the LM that reads the definitions; the small LM if left out")
     parser.add_argument("--generator", default="default", metavar="FOLDER", help="generator checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_device_options(parser)
     parser.add_argument(
         "--api-key",
         metavar="KEY",
@@ -48,14 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ServerError(f"{error.name} is missing; install it with: pip install 'loragen-agents[serve]'") from error
 
-    for name, least in (
-        ("max_tokens", 1),
-        ("max_registries", 1),
-        ("max_memory", 1),
-        ("workers", 1),
-        ("max_waiting", 0),
-        ("grace", 0),
-    ):
+    for name, least in _LEAST.items():
         if getattr(arguments, name) < least:
             raise ServerError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected at least {least}")
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
@@ -90,7 +86,8 @@ def _load(arguments: argparse.Namespace, name: str) -> "LoRAGenChatModel":
     from loragen_agents.specialization.specialize import bound_specializations
 
     bound_specializations(arguments.max_registries, arguments.max_memory * 2**20)
-    edge = shared_language_model(name, device=arguments.device)
-    cloud = edge if arguments.cloud is None else shared_language_model(arguments.cloud, device=arguments.device)
+    places = {"device": arguments.device, "dtype": arguments.dtype}
+    edge = shared_language_model(name, **places)
+    cloud = edge if arguments.cloud is None else shared_language_model(arguments.cloud, **places)
     generator = shared_generator(arguments.generator, cloud=cloud, edge=edge)
     return LoRAGenChatModel(model=edge, cloud=cloud, generator=generator, max_tokens=arguments.max_tokens)

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from loragen_agents import cli
+from loragen_agents.commands import serve
+from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.specialization.specialize import bound_specializations, forget_specializations
 from tests.tiny_chat import tiny_generator, tiny_language_model
 
 HELLO = {"model": "edge", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -77,3 +81,15 @@ def test_the_key_may_come_from_the_environment(monkeypatch, capsys):
     monkeypatch.setenv("LORAGEN_AGENTS_API_KEY", "two\nlines")
     assert cli.main(["serve"]) == 1
     assert "printable ASCII" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_serves_in_the_dtype_that_is_asked_for(folder, dtype):
+    models = ["--model", str(folder / "edge"), "--generator", str(folder / "generator"), "--device", "cpu"]
+    arguments = cli.build_parser().parse_args(["serve", *models, "--dtype", dtype])
+    try:
+        model = serve._load(arguments, arguments.model)
+        assert isinstance(model.model, LanguageModel) and model.model.dtype == getattr(torch, dtype)
+    finally:
+        bound_specializations()
+        forget_specializations()
