@@ -98,70 +98,76 @@ class LoRAGenerator(nn.Module):
         self.config, self.cloud, self.edge = config, cloud, edge
         self.notes: dict[str, Any] = {}
         self.shape = FFNShape.of(edge.model)
+        _check_layers(config, self.shape.layers)
         self.meta_tokens: MetaTokens | None = None
-        self.router: Router | None = None
         self._renderer: PromptRenderer | None = None
         if config.uses_cloud:
             if cloud is None:
                 raise ValueError(f"{config.n_experts} experts have to be chosen from, which needs a cloud LM")
-            self.meta_tokens = MetaTokens(
-                cloud.model,
-                self.shape.layers,
-                rank=config.cloud_rank,
-                alpha=config.cloud_alpha,
-                dropout=config.cloud_dropout,
-            )
+            self.meta_tokens = self._new_meta_tokens(cloud)
             self._renderer = shared_renderer(cloud.tokenizer)
             self._head: list[int] = cloud.tokenizer("", add_special_tokens=True).input_ids
-        self.producer: ExpertPool | DirectProjection
-        per_layer = config.expert_scope == "per_layer"
-        if config.generation == "direct":
-            assert self.meta_tokens is not None
-            self.producer = DirectProjection(self.meta_tokens.width, config.direct_width, self.shape, config.rank)
-        else:
-            self.producer = ExpertPool(self.shape, config.n_experts, config.rank, per_layer=per_layer)
-            if self.meta_tokens is not None:
-                layers = self.shape.layers if per_layer else None
-                self.router = Router(self.meta_tokens.width, config.router_width, config.n_experts, layers)
         # Each model may have a device of its own; what follows the cloud LM stays with it.
         device = (cloud or edge).model.device
-        self.producer.to(device)
-        if self.router is not None:
-            self.router.to(device)
-        for name in ("memory_layers", "head_layers"):
-            if getattr(config, name) > self.shape.layers:
-                raise ValueError(f"{name} is {getattr(config, name)}, and the edge LM has {self.shape.layers} layers")
-        self.tool_head: ToolIndexer | None = None
-        if config.head_layers:
-            looked_at = range(self.shape.layers - config.head_layers, self.shape.layers)
-            head = ToolHead(looked_at, self.shape.intermediate, config.head_width)
-            self.tool_head = ToolIndexer(edge, head, keep=0 if config.uses_cloud else 4096)
-        self.argument_head: ArgumentIndexer | None = None
-        if config.argument_layers:
-            if 2 * config.argument_layers > self.shape.layers:
-                raise ValueError(
-                    f"argument_layers is {config.argument_layers}, and the edge LM has {self.shape.layers} layers, of "
-                    "which every second one can be read"
-                )
-            read = layers_read(config.argument_layers, self.shape.layers)
-            arguments = ArgumentHead(read, value_width(edge.model), config.argument_width)
-            self.argument_head = ArgumentIndexer(edge, arguments)
-        self.tool_memory: MemoryWriter | None = None
-        if config.memory_layers:
-            memory = ToolMemory(
-                range(self.shape.layers - config.memory_layers, self.shape.layers),
-                self.shape.hidden,
-                self.shape.intermediate,
-                config.memory_common_rank,
-                config.memory_key_rank,
-                config.memory_value_rank,
-            )
-            # What is read of a tool can be kept only where the weights beside it are the same for every registry.
-            self.tool_memory = MemoryWriter(edge, memory, keep=0 if config.uses_cloud else 128)
+        self.producer = self._new_producer().to(device)
+        self.router: Router | None = None
+        if self.meta_tokens is not None and config.generation == "meta_token":
+            layers = self.shape.layers if config.expert_scope == "per_layer" else None
+            self.router = Router(self.meta_tokens.width, config.router_width, config.n_experts, layers).to(device)
+        self.tool_head = self._new_tool_head() if config.head_layers else None
+        self.argument_head = self._new_argument_head() if config.argument_layers else None
+        self.tool_memory = self._new_tool_memory() if config.memory_layers else None
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
         self._shared: tuple[str, LoRAWeights] | None = None
         self._lock = Lock()
         self.eval()
+
+    def _new_meta_tokens(self, cloud: LanguageModel) -> MetaTokens:
+        config = self.config
+        return MetaTokens(
+            cloud.model,
+            self.shape.layers,
+            rank=config.cloud_rank,
+            alpha=config.cloud_alpha,
+            dropout=config.cloud_dropout,
+        )
+
+    def _new_producer(self) -> ExpertPool | DirectProjection:
+        config = self.config
+        if config.generation == "direct":
+            assert self.meta_tokens is not None
+            return DirectProjection(self.meta_tokens.width, config.direct_width, self.shape, config.rank)
+        per_layer = config.expert_scope == "per_layer"
+        return ExpertPool(self.shape, config.n_experts, config.rank, per_layer=per_layer)
+
+    def _new_tool_head(self) -> ToolIndexer:
+        config = self.config
+        head = ToolHead(self._last_layers(config.head_layers), self.shape.intermediate, config.head_width)
+        return ToolIndexer(self.edge, head, keep=self._kept(4096))
+
+    def _new_argument_head(self) -> ArgumentIndexer:
+        config = self.config
+        layers = layers_read(config.argument_layers, self.shape.layers)
+        return ArgumentIndexer(self.edge, ArgumentHead(layers, value_width(self.edge.model), config.argument_width))
+
+    def _new_tool_memory(self) -> MemoryWriter:
+        config = self.config
+        memory = ToolMemory(
+            self._last_layers(config.memory_layers),
+            self.shape.hidden,
+            self.shape.intermediate,
+            config.memory_common_rank,
+            config.memory_key_rank,
+            config.memory_value_rank,
+        )
+        return MemoryWriter(self.edge, memory, keep=self._kept(128))
+
+    def _last_layers(self, count: int) -> range:
+        return range(self.shape.layers - count, self.shape.layers)
+
+    def _kept(self, tools: int) -> int:
+        """How many tools' readings are cached: none where the expert weights differ from registry to registry."""
+        return 0 if self.config.uses_cloud else tools
 
     # Generating
 
@@ -341,3 +347,15 @@ class LoRAGenerator(nn.Module):
     def _describe(self) -> Description:
         cloud = ModelIdentity.of(self.cloud) if self.cloud is not None and self.config.uses_cloud else None
         return Description(asdict(self.config), ModelIdentity.of(self.edge), cloud, self.notes)
+
+
+def _check_layers(config: GeneratorConfig, layers: int) -> None:
+    """Raise ValueError where a head or the memory wants more layers than the edge LM has."""
+    for name in ("memory_layers", "head_layers"):
+        if getattr(config, name) > layers:
+            raise ValueError(f"{name} is {getattr(config, name)}, and the edge LM has {layers} layers")
+    if 2 * config.argument_layers > layers:
+        raise ValueError(
+            f"argument_layers is {config.argument_layers}, and the edge LM has {layers} layers, of which every second "
+            "one can be read"
+        )
