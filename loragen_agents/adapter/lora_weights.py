@@ -25,10 +25,11 @@ Entry = tuple[int, str]
 class LoRAWeights:
     """Low-rank updates of FFN matrices: W + (alpha / rank) · B·A (paper Eq. 1, in PEFT's names and shapes).
 
-    layers: number of layers of the model that these weights are for.
-    rank, alpha: give the scaling alpha / rank, which is the same for all entries.
-    tensors: (layer, projection) -> (A with shape (r, in), B with shape (out, r)). A matrix without an entry is not
-        changed. An entry's own r may differ from `rank`; its scaling stays alpha / rank.
+    Attributes:
+        layers: number of layers of the model that these weights are for.
+        rank, alpha: give the scaling alpha / rank, which is the same for all entries.
+        tensors: (layer, projection) -> (A with shape (r, in), B with shape (out, r)). A matrix without an entry is not
+            changed. An entry's own r may differ from `rank`; its scaling stays alpha / rank.
 
     Raises:
         ValueError: an entry names no layer or projection of a gated FFN, or its A and B do not fit each other.

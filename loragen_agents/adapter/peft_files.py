@@ -28,8 +28,9 @@ _TENSOR_NAME = re.compile(
 def save_peft(weights: LoRAWeights, folder: str | Path, base_model_name: str, module_paths: Sequence[str]) -> Path:
     """Write a folder that `peft.PeftModel.from_pretrained` and `load_peft` take.
 
-    base_model_name: what the weights are for, as a Hub id or a folder; PEFT shows it and does not check it.
-    module_paths: path of each layer's FFN module inside the model, as `gated_ffn_layers` gives them.
+    Args:
+        base_model_name: what the weights are for, as a Hub id or a folder; PEFT shows it and does not check it.
+        module_paths: path of each layer's FFN module inside the model, as `gated_ffn_layers` gives them.
 
     Raises:
         ValueError: there are more or fewer paths than layers, or there is no entry to save.
@@ -79,8 +80,9 @@ def save_peft(weights: LoRAWeights, folder: str | Path, base_model_name: str, mo
 def load_peft(folder: str | Path, layers: int | None = None) -> LoRAWeights:
     """Read a PEFT folder of plain LoRA on FFN matrices, written here or by PEFT itself.
 
-    layers: number of layers of the model. Folders written by `save_peft` know it; for others it defaults to the
-        last layer with an entry, plus one.
+    Args:
+        layers: number of layers of the model. Folders written by `save_peft` know it; for others it defaults to the
+            last layer with an entry, plus one.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter changes more than gate, up and down.

@@ -20,11 +20,12 @@ class RequestMaps:
     layer and place is a slot: its activation x becomes x' = normalize(x - mean), and the request's vector is
     normalize(concatenate(x' · map)) over the slots. The logit of none is bias + sum of x' · none over the slots.
 
-    layers: edge layers whose activations are taken.
-    means: (slots, intermediate size), of requests.
-    maps: (slots, intermediate size, width).
-    none: (slots, intermediate size).
-    bias, scale: scalars; scale is what cosines are multiplied with to become logits.
+    Attributes:
+        layers: edge layers whose activations are taken.
+        means: (slots, intermediate size), of requests.
+        maps: (slots, intermediate size, width).
+        none: (slots, intermediate size).
+        bias, scale: scalars; scale is what cosines are multiplied with to become logits.
     """
 
     layers: tuple[int, ...]
@@ -54,8 +55,9 @@ class RequestMaps:
 class ToolKeys:
     """The vectors of a registry's tools, and what requests are compared with them by.
 
-    requests: maps of requests; the same for every registry.
-    vectors: (tools, slots · width), of length 1, in the registry's order.
+    Attributes:
+        requests: maps of requests; the same for every registry.
+        vectors: (tools, slots · width), of length 1, in the registry's order.
     """
 
     requests: RequestMaps

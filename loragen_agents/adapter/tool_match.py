@@ -16,12 +16,13 @@ from torch import Tensor
 class ToolMatch:
     """Keys of a registry's tools, in its order, and what they are compared with.
 
-    layers: edge layers whose inputs of `down_proj` are compared.
-    decision_keys, name_keys: (layers, tools, intermediate size), normalised; where a tool is decided on, and where its
-        name begins.
-    backgrounds: (2, layers, intermediate size), taken off a request's activations at these places.
-    weights: (2, layers), of the layers' cosines at these places.
-    threshold: scalar, the logit of calling no tool.
+    Attributes:
+        layers: edge layers whose inputs of `down_proj` are compared.
+        decision_keys, name_keys: (layers, tools, intermediate size), normalised; where a tool is decided on, and where
+            its name begins.
+        backgrounds: (2, layers, intermediate size), taken off a request's activations at these places.
+        weights: (2, layers), of the layers' cosines at these places.
+        threshold: scalar, the logit of calling no tool.
     """
 
     layers: tuple[int, ...]
@@ -34,7 +35,9 @@ class ToolMatch:
     def decide(self, activations: Tensor) -> Tensor:
         """Logits of each tool, and last of none, with shape (requests, tools + 1).
 
-        activations: inputs of `down_proj` at the end of the requests' prompts, shape (layers, requests, intermediate).
+        Args:
+            activations: inputs of `down_proj` at the end of the requests' prompts, shape (layers, requests,
+                intermediate).
         """
         logits = self._cosines(0, self.decision_keys, activations)
         return torch.cat([logits, self.threshold.expand(len(logits), 1)], dim=-1)
@@ -42,7 +45,8 @@ class ToolMatch:
     def choose(self, activations: Tensor) -> Tensor:
         """Logits of each tool, given that one is called, with shape (requests, tools).
 
-        activations: inputs of `down_proj` at the requests' own `Action:`, shape (layers, requests, intermediate).
+        Args:
+            activations: inputs of `down_proj` at the requests' own `Action:`, shape (layers, requests, intermediate).
         """
         return self._cosines(1, self.name_keys, activations)
 

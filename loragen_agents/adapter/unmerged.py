@@ -21,8 +21,9 @@ def apply_lora(
     y = W·x + (alpha / rank) · B·(A·x) in gate, up and down. Nested contexts add up. The backward pass of a model with
     gradient checkpointing runs the forward again, so it has to happen inside the context.
 
-    weights: one value for the whole batch, or several.
-    rows: with several, the index of each batch row's weights, with shape (batch,); left out, row i takes weights i.
+    Args:
+        weights: one value for the whole batch, or several.
+        rows: with several, the index of each batch row's weights, with shape (batch,); left out, row i takes weights i.
 
     Raises:
         ValueError: weights and model do not fit, or (on the forward pass) the batch has another number of rows.

@@ -19,7 +19,8 @@ class DownUpdates:
     Two values are the same updates only if they are the same object: what a model has read with one of them is never
     used with another.
 
-    tensors: layer -> (A with shape (r, intermediate size), B with shape (hidden size, r)).
+    Attributes:
+        tensors: layer -> (A with shape (r, intermediate size), B with shape (hidden size, r)).
 
     Raises:
         ValueError: an A and its B do not fit each other.

@@ -69,12 +69,13 @@ class _TurnEnds(Exception):
 class Assistant:
     """A conversation with a model that has tools.
 
-    model: a LangChain chat model that takes tools; None until it is loaded, which is before the first turn.
-    tools: what it can call.
-    context: what previews of the assistant's own tools look at.
-    system: system text; compressed with the tools.
-    max_steps: most steps of the model in a turn.
-    tool_seconds: the time limit of a tool.
+    Attributes:
+        model: a LangChain chat model that takes tools; None until it is loaded, which is before the first turn.
+        tools: what it can call.
+        context: what previews of the assistant's own tools look at.
+        system: system text; compressed with the tools.
+        max_steps: most steps of the model in a turn.
+        tool_seconds: the time limit of a tool.
     """
 
     model: Any

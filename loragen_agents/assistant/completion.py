@@ -13,8 +13,9 @@ MAX_FILES = 200
 class AssistantCompleter(Completer):
     """Completes the line before the cursor.
 
-    commands: command (with its slash) to what it does.
-    words: what can follow a command, asked anew each time: saved conversations, tool names.
+    Args:
+        commands: command (with its slash) to what it does.
+        words: what can follow a command, asked anew each time: saved conversations, tool names.
     """
 
     def __init__(

@@ -39,8 +39,9 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 class Dialogue:
     """A conversation at the terminal.
 
-    assistant: its tools are those that are switched on; the model comes from `loading`.
-    all_tools: every tool that can be switched on.
+    Attributes:
+        assistant: its tools are those that are switched on; the model comes from `loading`.
+        all_tools: every tool that can be switched on.
     """
 
     assistant: Assistant

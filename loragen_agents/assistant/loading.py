@@ -21,7 +21,8 @@ MAX_TOKENS = 200
 class ModelChoice:
     """Which models and generator to load; None: the default edge LM, and the edge LM itself as the cloud LM.
 
-    dtype: of both LMs, as `load_language_model` takes it.
+    Attributes:
+        dtype: of both LMs, as `load_language_model` takes it.
     """
 
     edge: str | None = None

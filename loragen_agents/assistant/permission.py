@@ -24,9 +24,10 @@ Ask = Callable[[BaseTool, dict[str, Any], str], Awaitable[Reply]]
 class Permissions:
     """What the user allows.
 
-    ask: puts the question; None where nobody can be asked (scripts), which means no.
-    yes: every call runs without a question.
-    dry_run: calls that would ask are not run; the user sees what they would do.
+    Attributes:
+        ask: puts the question; None where nobody can be asked (scripts), which means no.
+        yes: every call runs without a question.
+        dry_run: calls that would ask are not run; the user sees what they would do.
     """
 
     ask: Ask | None = None

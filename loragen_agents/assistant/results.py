@@ -30,9 +30,11 @@ class Document:
 class Result:
     """What a tool found or did.
 
-    text: for the model: one or few sentences, or the words that were asked for.
-    shown: the whole of it for the user, where that is more than `text`.
-    outside: whether it holds words from outside (in files, their names, notes, servers), which may try to give orders.
+    Attributes:
+        text: for the model: one or few sentences, or the words that were asked for.
+        shown: the whole of it for the user, where that is more than `text`.
+        outside: whether it holds words from outside (in files, their names, notes, servers), which may try to give
+            orders.
     """
 
     text: str

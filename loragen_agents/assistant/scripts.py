@@ -18,7 +18,8 @@ ANSWERED, FAILED = 0, 1
 async def run_requests(assistant: Assistant, requests: Sequence[str], screen: Screen | None) -> int:
     """Run the requests as turns of one conversation; stop at the first that fails.
 
-    screen: where the turns are shown; None prints one JSON object a line: each call, then how the turn ended.
+    Args:
+        screen: where the turns are shown; None prints one JSON object a line: each call, then how the turn ended.
 
     Returns:
         0 when all were answered, else 1.

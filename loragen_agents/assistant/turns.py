@@ -18,9 +18,10 @@ Ending = Literal["answered", "stopped", "failed", "interrupted"]
 class ToolCall:
     """One call of a tool in a turn.
 
-    text: what the model was told: the result, cut where it is long, or the error.
-    refused: it was not run, because the user did not want it or could not be asked.
-    shown: the whole result, for the screen only; it is not kept with the session.
+    Attributes:
+        text: what the model was told: the result, cut where it is long, or the error.
+        refused: it was not run, because the user did not want it or could not be asked.
+        shown: the whole result, for the screen only; it is not kept with the session.
     """
 
     tool: str
@@ -48,7 +49,9 @@ class ToolCall:
 class Figures:
     """What a turn took. Prompt and first token are those of its first step.
 
-    choices: for each step of the model that scored its tools, the probability of calling one and of the likeliest ones.
+    Attributes:
+        choices: for each step of the model that scored its tools, the probability of calling one and of the likeliest
+            ones.
     """
 
     prompt_tokens: int = 0
@@ -62,7 +65,8 @@ class Figures:
 class Turn:
     """One request of the user and what came of it.
 
-    reason: in words, why a turn was stopped or failed.
+    Attributes:
+        reason: in words, why a turn was stopped or failed.
     """
 
     request: str

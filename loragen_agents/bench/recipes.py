@@ -26,7 +26,8 @@ _DEFAULT_CHECKPOINT = Weights("default")
 def weights_of_task(task: str, given: Sequence[str] = ()) -> dict[str, Weights]:
     """Base -> its weights, for every base that has any.
 
-    given: `BASE=FOLDER` of the command line, in place of the defaults.
+    Args:
+        given: `BASE=FOLDER` of the command line, in place of the defaults.
 
     Raises:
         DataError: a given one is not of this form, or names a base that takes no weights.

@@ -76,7 +76,8 @@ def memory_bandwidth() -> float:
 def model_speed(bandwidth: float) -> dict[str, Any]:
     """Tokens per second of the default model without an adapter: prefill of one prompt, then greedy decoding.
 
-    bandwidth: GB/s of main memory. On a CPU each decoded token reads all weights once, which bounds the speed.
+    Args:
+        bandwidth: GB/s of main memory. On a CPU each decoded token reads all weights once, which bounds the speed.
     """
     import torch
 

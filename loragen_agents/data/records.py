@@ -78,7 +78,8 @@ class CallRecord:
 class DataSet:
     """Tools by id, and the requests that call them.
 
-    alike: groups of tools that could serve the same request; a registry holds at most one of each.
+    Attributes:
+        alike: groups of tools that could serve the same request; a registry holds at most one of each.
     """
 
     tools: dict[str, ToolRecord] = field(default_factory=dict)

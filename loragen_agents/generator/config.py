@@ -8,22 +8,24 @@ from typing import Any, Literal
 class GeneratorConfig:
     """Settings of a generator; the defaults are the paper's (section 4.2 and Table 10) where it gives a figure.
 
-    generation: "meta_token" routes experts, "direct" projects the states straight to weights (Table 9).
-    n_experts, top_k: n and K of Eq. 6. With one expert every gate is 1 and the cloud LM is not used.
-    expert_scope: "shared" is one pool and router for all layers, "per_layer" one of each for every layer.
-    routing: "keep_top_k" (Eq. 6 and 7) or "gumbel_top_k" (Eq. 4 and 5, Table 8).
-    rank, alpha: of the LoRA weights that are generated.
-    load_coefficient: alpha of Eq. 9.
-    router_width: width between f1 and f2 of Eq. 3 (the paper gives none).
-    direct_width: width inside the feed-forward net of the direct variant (the paper gives none).
-    cloud_rank, cloud_alpha, cloud_dropout: of the cloud LM's own LoRA on q and v.
-    memory_layers: how many of the edge LM's last layers hold updates of the tool memory; 0 is the paper's generator.
-    memory_common_rank, memory_key_rank, memory_value_rank: widths of the memory's maps (see `ToolMemory`).
-    head_layers: how many of the edge LM's last layers the tool head looks at; 0 is no head: names are scored.
-    head_width: numbers that each layer and place gives to a tool's vector (see `ToolHead`).
-    argument_layers: in how many of the edge LM's layers the argument head looks, every second one of the last; 0 is no
-        such head: the model alone decides which arguments it gives.
-    argument_width: numbers in each half of an argument's vector (see `ArgumentReader`).
+    Attributes:
+        generation: "meta_token" routes experts, "direct" projects the states straight to weights (Table 9).
+        n_experts, top_k: n and K of Eq. 6. With one expert every gate is 1 and the cloud LM is not used.
+        expert_scope: "shared" is one pool and router for all layers, "per_layer" one of each for every layer.
+        routing: "keep_top_k" (Eq. 6 and 7) or "gumbel_top_k" (Eq. 4 and 5, Table 8).
+        rank, alpha: of the LoRA weights that are generated.
+        load_coefficient: alpha of Eq. 9.
+        router_width: width between f1 and f2 of Eq. 3 (the paper gives none).
+        direct_width: width inside the feed-forward net of the direct variant (the paper gives none).
+        cloud_rank, cloud_alpha, cloud_dropout: of the cloud LM's own LoRA on q and v.
+        memory_layers: how many of the edge LM's last layers hold updates of the tool memory; 0 is the paper's
+            generator.
+        memory_common_rank, memory_key_rank, memory_value_rank: widths of the memory's maps (see `ToolMemory`).
+        head_layers: how many of the edge LM's last layers the tool head looks at; 0 is no head: names are scored.
+        head_width: numbers that each layer and place gives to a tool's vector (see `ToolHead`).
+        argument_layers: in how many of the edge LM's layers the argument head looks, every second one of the last; 0 is
+            no such head: the model alone decides which arguments it gives.
+        argument_width: numbers in each half of an argument's vector (see `ArgumentReader`).
 
     Raises:
         ValueError: a value is out of its range.

@@ -55,7 +55,8 @@ class ExpertPool(nn.Module):
     A and B are combined each for itself, so the rank of the result is that of one expert. B starts at zero, and with
     it every update; A starts as PEFT starts it (uniform, variance 1 / (3 in)).
 
-    per_layer: every layer has n experts of its own; otherwise all layers draw from the same n.
+    Args:
+        per_layer: every layer has n experts of its own; otherwise all layers draw from the same n.
     """
 
     def __init__(self, shape: FFNShape, experts: int, rank: int, *, per_layer: bool = False) -> None:
@@ -70,7 +71,11 @@ class ExpertPool(nn.Module):
             self.b[projection] = nn.Parameter(torch.zeros(*pools, experts, size_out, rank))
 
     def forward(self, gates: Tensor) -> LayerMatrices:
-        """gates: shape (registries, layers, n), as Eq. 6 gives them."""
+        """The matrices of each registry and layer.
+
+        Args:
+            gates: shape (registries, layers, n), as Eq. 6 gives them.
+        """
         equation = "rln,lnxy->rlxy" if self.per_layer else "rln,nxy->rlxy"
         return {
             projection: (
@@ -87,7 +92,9 @@ class DirectProjection(nn.Module):
     θ = V·SiLU(U·T + u) + v, the same net for all layers; θ holds A and B of gate, up and down, 3 x r x (in + out)
     numbers. The rows of V and v that give B start at zero, and with them every update.
 
-    hidden: width of a meta-token state. width: width between U and V.
+    Args:
+        hidden: width of a meta-token state.
+        width: width between U and V.
     """
 
     def __init__(self, hidden: int, width: int, shape: FFNShape, rank: int) -> None:
@@ -107,7 +114,11 @@ class DirectProjection(nn.Module):
             self.a[projection], self.b[projection] = a, b
 
     def forward(self, states: Tensor) -> LayerMatrices:
-        """states: shape (registries, layers, hidden)."""
+        """The matrices of each registry and layer.
+
+        Args:
+            states: shape (registries, layers, hidden).
+        """
         inner = F.silu(self.inner(states))
         matrices: LayerMatrices = {}
         for projection in PROJECTIONS:

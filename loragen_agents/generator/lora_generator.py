@@ -46,9 +46,10 @@ from loragen_agents.registry import ToolRegistry
 class Generated:
     """What the generator makes of a batch of system prompts, with gradients.
 
-    matrices: projection -> A (registries, layers, r, in) and B (registries, layers, out, r).
-    gates: (registries, layers, n); None in the direct variant.
-    load_loss: Eq. 9, a scalar; 0 where nothing is routed.
+    Attributes:
+        matrices: projection -> A (registries, layers, r, in) and B (registries, layers, out, r).
+        gates: (registries, layers, n); None in the direct variant.
+        load_loss: Eq. 9, a scalar; 0 where nothing is routed.
     """
 
     matrices: LayerMatrices
@@ -79,9 +80,10 @@ class Generated:
 class LoRAGenerator(nn.Module):
     """Makes LoRA weights of an edge LM from a system prompt. Starts in evaluation mode, with LoRA output zero.
 
-    cloud: the LM that reads; may be the edge LM itself, whose forward stays what it was. None is allowed where
-        `config.uses_cloud` is False.
-    edge: the LM that the weights are for. Neither LM's own weights are ever changed.
+    Args:
+        cloud: the LM that reads; may be the edge LM itself, whose forward stays what it was. None is allowed where
+            `config.uses_cloud` is False.
+        edge: the LM that the weights are for. Neither LM's own weights are ever changed.
 
     Raises:
         ValueError: the config needs a cloud LM and none is given, or wants more memory layers than the edge LM has.
@@ -185,7 +187,8 @@ class LoRAGenerator(nn.Module):
     def generate(self, system_prompt: str, registry: ToolRegistry | None = None) -> LoRAWeights:
         """LoRA weights for one registry as one sum: the same for the same prompt, from one pass of the cloud LM.
 
-        registry: what a generator with a tool memory reads; others have no use for it.
+        Args:
+            registry: what a generator with a tool memory reads; others have no use for it.
 
         Raises:
             PromptError: the system prompt is longer than the cloud LM's context.
@@ -320,7 +323,8 @@ class LoRAGenerator(nn.Module):
     ) -> "LoRAGenerator":
         """Load a checkpoint ("default": the one that ships with the package) for the models it was made for.
 
-        allow_other_weights: accept models of the same shapes whose weights are not those of the training.
+        Args:
+            allow_other_weights: accept models of the same shapes whose weights are not those of the training.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the checkpoint was made for other models.

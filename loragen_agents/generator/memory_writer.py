@@ -23,8 +23,9 @@ from loragen_agents.registry import ToolRegistry
 class MemoryWriter(nn.Module):
     """The tool memory of one edge LM.
 
-    keep: how many tools' readings are kept (least recently used first out). Above 0 the weights beside the memory must
-        be the same on every call, until `forget` is called.
+    Args:
+        keep: how many tools' readings are kept (least recently used first out). Above 0 the weights beside the memory
+            must be the same on every call, until `forget` is called.
     """
 
     def __init__(self, edge: LanguageModel, memory: ToolMemory, keep: int = 0) -> None:

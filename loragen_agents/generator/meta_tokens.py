@@ -26,7 +26,10 @@ class MetaTokens(nn.Module):
     The LoRA lives in a module tree of its own, so the cloud LM that is handed in, which may be the edge LM too, goes on
     computing what it did before.
 
-    cloud: a causal LM. count: number L of meta tokens. rank, alpha, dropout: of the LoRA on q and v.
+    Args:
+        cloud: a causal LM.
+        count: number L of meta tokens.
+        rank, alpha, dropout: of the LoRA on q and v.
 
     Raises:
         ModelLoadError: the cloud LM has no q_proj and v_proj.
@@ -65,7 +68,11 @@ class MetaTokens(nn.Module):
     def forward(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """States with gradients to the meta-token embeddings and to the LoRA on q and v.
 
-        prompts: token ids of each registry's system prompt. Returns float32 with shape (registries, L, H).
+        Args:
+            prompts: token ids of each registry's system prompt.
+
+        Returns:
+            The states in float32, with shape (registries, L, H).
 
         Raises:
             PromptError: a prompt and the meta tokens are longer than the cloud LM's context.

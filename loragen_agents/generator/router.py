@@ -16,9 +16,12 @@ class Router(nn.Module):
     In training BN uses the statistics of the batch, in evaluation its running ones, so that the gates of a registry do
     not depend on what else is in the batch.
 
-    hidden: width of a meta-token state. width: width between f1 and f2. experts: number n of gates.
-    layers: with a pool of experts for each layer, the number of layers, each of which gets its own f1 and f2; with one
-        pool for all layers, None: one f1 and one f2.
+    Args:
+        hidden: width of a meta-token state.
+        width: width between f1 and f2.
+        experts: number n of gates.
+        layers: with a pool of experts for each layer, the number of layers, each of which gets its own f1 and f2; with
+            one pool for all layers, None: one f1 and one f2.
     """
 
     def __init__(self, hidden: int, width: int, experts: int, layers: int | None = None) -> None:
@@ -28,7 +31,10 @@ class Router(nn.Module):
         self.norm = nn.BatchNorm1d(experts)
 
     def forward(self, states: Tensor) -> Tensor:
-        """states: (registries, layers, hidden). Returns the router's output R with shape (registries, layers, n).
+        """The router's output R with shape (registries, layers, n).
+
+        Args:
+            states: shape (registries, layers, hidden).
 
         Raises:
             ValueError: in training, the whole batch is a single state, whose variance is undefined.
@@ -56,8 +62,14 @@ class _LayerLinear(nn.Module):
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Gates of Eq. 6 and 7: softmax over the experts, the k largest kept and divided by their sum, all others 0.
 
-    logits: router output R with shape (..., n), 1 <= k <= n. Returns gates of the same shape that sum to 1. Of equal
-    values at the border exactly k are kept.
+    Of equal values at the border exactly k are kept.
+
+    Args:
+        logits: router output R with shape (..., n).
+        k: at least 1, at most n.
+
+    Returns:
+        Gates of the same shape that sum to 1.
     """
     probabilities = logits.softmax(-1)
     kept, index = probabilities.topk(k, dim=-1)
@@ -65,9 +77,11 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def gumbel_top_k(logits: Tensor, k: int, *, noise: bool) -> Tensor:
-    """The same after Gumbel(0, 1) noise on the logits (Eq. 4 and 5; "GumbelTop-K" of Table 8).
+    """As `keep_top_k`, after Gumbel(0, 1) noise on the logits (Eq. 4 and 5; "GumbelTop-K" of Table 8).
 
-    noise: True in training; without it, as in evaluation, the result is that of `keep_top_k`.
+    Args:
+        logits, k: as `keep_top_k`.
+        noise: True in training; without it, as in evaluation, the result is that of `keep_top_k`.
     """
     if noise:
         # -log of an exponential variable is Gumbel(0, 1).
@@ -78,8 +92,12 @@ def gumbel_top_k(logits: Tensor, k: int, *, noise: bool) -> Tensor:
 def load_loss(gates: Tensor, coefficient: float, *, pools_per_layer: bool = False) -> Tensor:
     """Eq. 9: coefficient · (std(G) / mean(G))², with G the sum of each expert's gates within the batch.
 
-    gates: shape (registries, layers, n). std is that of a whole population (no Bessel correction).
-    pools_per_layer: the experts of each layer are experts of their own, so there are layers x n loads and not n.
+    std is that of a whole population (no Bessel correction).
+
+    Args:
+        gates: shape (registries, layers, n).
+        coefficient: alpha of Eq. 9.
+        pools_per_layer: the experts of each layer are experts of their own, so there are layers x n loads and not n.
     """
     loads = gates.sum(0) if pools_per_layer else gates.sum((0, 1))
     return coefficient * (loads.std(correction=0) / loads.mean()) ** 2

@@ -51,11 +51,12 @@ _SMALLEST_PART = 1e-3
 class ToolReading:
     """What was read of one tool.
 
-    activations: inputs of `down_proj` in the memory's layers at the place of each update, with shape
-        (memory layers, updates, intermediate size).
-    directions: what raises the logit of the token that is next there, with shape (updates, hidden size).
-    kinds: an `UpdateKind` for each update, with shape (updates,); each tool has one DECISION, NAME_START, INPUT
-        and OWN_INPUT.
+    Attributes:
+        activations: inputs of `down_proj` in the memory's layers at the place of each update, with shape (memory
+            layers, updates, intermediate size).
+        directions: what raises the logit of the token that is next there, with shape (updates, hidden size).
+        kinds: an `UpdateKind` for each update, with shape (updates,); each tool has one DECISION, NAME_START, INPUT and
+            OWN_INPUT.
     """
 
     activations: Tensor
@@ -72,7 +73,8 @@ class ToolMemory(nn.Module):
     v = e + V_l W_l e, where e is the update's direction, centred in the same way and normalised. `down_proj` gets
     s_κl v kᵀ; the INPUT updates of all tools answer to the same activations, so they share one s.
 
-    layers: the edge layers that hold updates, in order.
+    Args:
+        layers: the edge layers that hold updates, in order.
     """
 
     scale: Tensor
@@ -125,9 +127,10 @@ class ToolMemory(nn.Module):
     def set_background(self, readings: Sequence[ToolReading], activations: Tensor) -> None:
         """Set background and common directions from data, which is how training starts.
 
-        readings: of some dozens of tools.
-        activations: inputs of `down_proj` at the tokens of ordinary steps, with shape
-            (memory layers, tokens, intermediate size).
+        Args:
+            readings: of some dozens of tools.
+            activations: inputs of `down_proj` at the tokens of ordinary steps, with shape (memory layers, tokens,
+                intermediate size).
         """
         kinds = _kinds(readings)
         x = torch.cat([reading.activations for reading in readings], dim=1).to(self.scale)

@@ -29,9 +29,10 @@ MAX_ARGUMENTS = 8
 class ReadingText:
     """A reading as token ids, and the places of its updates.
 
-    places: of each update, the index in `ids` of the token before the one that it raises.
-    kinds: an `UpdateKind` each.
-    raised, lowered: token ids whose logit an update raises and lowers, None for none.
+    Attributes:
+        places: of each update, the index in `ids` of the token before the one that it raises.
+        kinds: an `UpdateKind` each.
+        raised, lowered: token ids whose logit an update raises and lowers, None for none.
     """
 
     ids: list[int]
@@ -115,8 +116,9 @@ def read_tools(
 ) -> list[ToolReading]:
     """Read tools in a few batches of similar length, each at most `max_tokens` long with its padding.
 
-    model: the edge LM with its format weights in place and no memory.
-    layers: the memory's layers.
+    Args:
+        model: the edge LM with its format weights in place and no memory.
+        layers: the memory's layers.
     """
     texts = [reading_text(renderer, tool, input_format) for tool in tools]
     readings: list[ToolReading] = []
@@ -195,7 +197,8 @@ def down_proj_inputs(
 ) -> Iterator[dict[int, Tensor]]:
     """Collect the inputs of `down_proj` in `layers` while the model runs, with gradients where there are any.
 
-    and_stop: end the forward pass at the last of the layers, and with it the block of the `with` statement.
+    Args:
+        and_stop: end the forward pass at the last of the layers, and with it the block of the `with` statement.
     """
     found: dict[int, Tensor] = {}
     modules = [module for _, module in gated_ffn_layers(model)]

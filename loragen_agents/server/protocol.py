@@ -49,9 +49,10 @@ class MadeCall(_Strict):
 class Message(_Strict):
     """A message of the conversation.
 
-    content: text, or parts of the type text.
-    refusal, annotations, audio, function_call, reasoning, reasoning_content: parts of answers of other models, which
-        some clients send back; passed over.
+    Attributes:
+        content: text, or parts of the type text.
+        refusal, annotations, audio, function_call, reasoning, reasoning_content: parts of answers of other models,
+            which some clients send back; passed over.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

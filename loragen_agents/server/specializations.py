@@ -28,7 +28,8 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 class SpecializationRequest(BaseModel):
     """The body of POST /v1/specializations.
 
-    edge_fingerprint: of the edge LM that the weights are for, where the client wants that checked.
+    Attributes:
+        edge_fingerprint: of the edge LM that the weights are for, where the client wants that checked.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)

@@ -41,8 +41,9 @@ _VECTORS = "tool_vectors.safetensors"
 class Kept:
     """What is kept of a specialisation.
 
-    weights: where they depend on the registry or its definitions, else None.
-    vectors: of the registry's tools, with shape (tools, width); None for a generator without a tool head.
+    Attributes:
+        weights: where they depend on the registry or its definitions, else None.
+        vectors: of the registry's tools, with shape (tools, width); None for a generator without a tool head.
     """
 
     weights: LoRAWeights | None

@@ -42,7 +42,8 @@ def open_to_others(path: Path) -> None:
 def read_json_object(path: Path, advice: str) -> dict[str, Any]:
     """The JSON object in a file.
 
-    advice: how to mend it, which ends the message.
+    Args:
+        advice: how to mend it, which ends the message.
 
     Raises:
         CheckpointError: the file is missing, can't be read, or holds something else.

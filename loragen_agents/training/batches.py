@@ -15,11 +15,12 @@ PARTS: tuple[Part, ...] = ("decision", "format", "name", "arguments", "answer")
 class TokenizedSample:
     """A sample as token ids.
 
-    input_ids: prompt and target.
-    parts: index into `PARTS` of each target token.
-    choice: index of the gold tool in the registry, None where the gold is an answer.
-    action_place: index in `input_ids` of the last token of `Action:`, None where the gold is an answer.
-    opening: whether no step has been taken in the open turn, so that the request alone decides.
+    Attributes:
+        input_ids: prompt and target.
+        parts: index into `PARTS` of each target token.
+        choice: index of the gold tool in the registry, None where the gold is an answer.
+        action_place: index in `input_ids` of the last token of `Action:`, None where the gold is an answer.
+        opening: whether no step has been taken in the open turn, so that the request alone decides.
     """
 
     input_ids: list[int]

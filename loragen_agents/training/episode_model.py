@@ -46,7 +46,8 @@ def tokenize_episode(
 ) -> TokenizedEpisode:
     """Tokenise an episode; samples longer than `max_tokens` are left out.
 
-    prompt: "user_turn" is what the specialised model sees, "full_react" the baselines' prompt with definitions.
+    Args:
+        prompt: "user_turn" is what the specialised model sees, "full_react" the baselines' prompt with definitions.
     """
     samples = (tokenize_sample(renderer, episode, sample, prompt == "full_react") for sample in episode.samples)
     return TokenizedEpisode(episode.registry, tuple(s for s in samples if len(s.input_ids) <= max_tokens))
@@ -76,12 +77,13 @@ _Look = Callable[[Sequence[int | None]], Tensor]
 class EpisodeModel(nn.Module):
     """Loss of a generator on episodes: L_LM by parts, plus Eq. 9, plus the memory's matches (paper Eq. 10).
 
-    generator: what is trained; its language models stay frozen.
-    weights: of the parts of a step.
-    given_weight: of the arguments' mean cross entropy in steps with the tool given.
-    match_weight: of the cross entropy of the memory's matches over the registry's tools, and over these and none.
-    first_layer: LoRA weights of layers below are left out, which saves the way back through them.
-    batch_tokens: rows of similar length are run together up to this many tokens with padding.
+    Args:
+        generator: what is trained; its language models stay frozen.
+        weights: of the parts of a step.
+        given_weight: of the arguments' mean cross entropy in steps with the tool given.
+        match_weight: of the cross entropy of the memory's matches over the registry's tools, and over these and none.
+        first_layer: LoRA weights of layers below are left out, which saves the way back through them.
+        batch_tokens: rows of similar length are run together up to this many tokens with padding.
     """
 
     def __init__(

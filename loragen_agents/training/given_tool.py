@@ -34,11 +34,12 @@ TOKEN_KINDS = ("copied", "converted", "boolean", "enum", "number", "list", "betw
 class GivenSample:
     """A request whose tool is known, as token ids.
 
-    input_ids: prompt, the step up to `Action Input:`, and the target behind it.
-    kinds: index into `TOKEN_KINDS` of each target token.
-    tool: index in the registry.
-    noted: whether the tool's argument notes stand in the prompt.
-    optional: how many optional arguments the tool has, and how many of these the call gives.
+    Attributes:
+        input_ids: prompt, the step up to `Action Input:`, and the target behind it.
+        kinds: index into `TOKEN_KINDS` of each target token.
+        tool: index in the registry.
+        noted: whether the tool's argument notes stand in the prompt.
+        optional: how many optional arguments the tool has, and how many of these the call gives.
     """
 
     input_ids: list[int]
@@ -111,7 +112,8 @@ def _said(sample: Sample) -> Iterator[str]:
 class GivenToolLoss:
     """Mean cross entropy of the arguments' tokens over requests for many tools; rates are counted by kind and source.
 
-    batch_tokens: rows of similar length are run together up to this many tokens with padding.
+    Args:
+        batch_tokens: rows of similar length are run together up to this many tokens with padding.
     """
 
     def __init__(self, writer: MemoryWriter | None, model: PreTrainedModel, rates: Rates, batch_tokens: int) -> None:

@@ -21,12 +21,13 @@ _WORTH_SHARING = 64
 class Batch:
     """Some rows of token ids, ready to run.
 
-    rows: their indices in what was given.
-    ids: (batch rows, tokens).
-    positions, mask: what the model needs beside `ids` where rows share a prefix; (1, tokens) and additive
-        (1, 1, tokens, tokens).
-    prefix: number of tokens that all rows share, 0 where each has a batch row of its own.
-    begins: for each row, where the tokens behind the prefix begin.
+    Attributes:
+        rows: their indices in what was given.
+        ids: (batch rows, tokens).
+        positions: of the tokens where rows share a prefix, with shape (1, tokens).
+        mask: additive, where rows share a prefix, with shape (1, 1, tokens, tokens).
+        prefix: number of tokens that all rows share, 0 where each has a batch row of its own.
+        begins: for each row, where the tokens behind the prefix begin.
     """
 
     rows: list[int]
@@ -50,8 +51,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of at most `max_tokens` tokens, padding and prefix included, unless one row alone has more.
 
-    share: whether rows may be packed behind a common prefix; the model must take a mask of its own for that, and attend
-        to all tokens that the mask leaves.
+    Args:
+        share: whether rows may be packed behind a common prefix; the model must take a mask of its own for that, and
+            attend to all tokens that the mask leaves.
     """
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
     prefix = sum(1 for _ in alike) if len(rows) > 1 else 0

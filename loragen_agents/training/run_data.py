@@ -26,7 +26,8 @@ _BACKGROUND = range(10**9, 10**9 + 6)
 class EpisodeDataset(Dataset[TokenizedEpisode | GivenEpisode]):
     """Episodes 0 to count - 1, drawn and tokenised when they are asked for.
 
-    given: where the episodes come from whose tools are given: all but one in `recipe.whole_every`.
+    Args:
+        given: where the episodes come from whose tools are given: all but one in `recipe.whole_every`.
     """
 
     def __init__(

@@ -155,10 +155,11 @@ def train(
 ) -> Path:
     """Run a recipe; returns the folder of the best generator, `folder/weights`.
 
-    folder: the run's folder, made if it is missing.
-    resume: go on from the last checkpoint in `folder`.
-    data: in place of the recipe's data folders.
-    progress: told every step.
+    Args:
+        folder: the run's folder, made if it is missing.
+        resume: go on from the last checkpoint in `folder`.
+        data: in place of the recipe's data folders.
+        progress: told every step.
 
     Raises:
         DataError: there is no data, or `folder` holds a run already and `resume` is False (or the other way round).

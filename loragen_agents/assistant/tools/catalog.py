@@ -57,9 +57,10 @@ ADDS = frozenset(
 class AssistantTool(StructuredTool):
     """One of the assistant's own tools. A class of its own, as a server's tool could claim any metadata.
 
-    group: what it is switched on and off with.
-    asks: whether the user has to say yes to each call.
-    adds: whether it leaves something behind that was not there.
+    Attributes:
+        group: what it is switched on and off with.
+        asks: whether the user has to say yes to each call.
+        adds: whether it leaves something behind that was not there.
     """
 
     group: str

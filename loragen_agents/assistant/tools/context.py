@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class ToolError(ToolException):
     """A tool can't do what it was asked to do; the text says why, to the model and to the user.
 
-    outside: whether the text names what is there (files, columns, notes), in words that anybody may have chosen.
+    Args:
+        outside: whether the text names what is there (files, columns, notes), in words that anybody may have chosen.
     """
 
     def __init__(self, text: str, *, outside: bool = False) -> None:

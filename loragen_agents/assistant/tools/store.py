@@ -36,8 +36,9 @@ _FILLERS = re.compile(r"\b(?:the|my|a|an|note|task|reminder|timer|about|number|n
 class Entry:
     """One note, task, reminder or timer.
 
-    number: what the user calls it by; counts up within its kind.
-    due: when it is to ring (reminders, timers); None for notes and tasks.
+    Attributes:
+        number: what the user calls it by; counts up within its kind.
+        due: when it is to ring (reminders, timers); None for notes and tasks.
     """
 
     id: int
