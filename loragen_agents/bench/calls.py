@@ -181,8 +181,8 @@ def _task(title: str, samples: Sequence[BenchSample], settings: Mapping[str, Any
     """A task of whole calls, or of the choice alone."""
     if choice_only:
         title = f"Tool choice, {title}"
-        return Task("choice", title, CHOICE_METRICS, "tool", samples, score_choice, settings, choice_only=True)
-    return Task("calls", f"Calls, {title}", METRICS, "call", samples, score_call, settings)
+        return Task("choice", title, CHOICE_METRICS, samples, score_choice, settings, choice_only=True)
+    return Task("calls", f"Calls, {title}", METRICS, samples, score_call, settings)
 
 
 def _draw(sampler: RegistrySampler, source: str, requests: int, irrelevant: float) -> list[BenchSample]:

@@ -36,7 +36,7 @@ def mini_task(parts: Sequence[MiniPart] = ("unseen",), *, tools: Tools = "own", 
     ]
     settings = {"data": "GPT4Tools-mini", "parts": list(parts), "tools": tools, "limit": limit}
     title = f"GPT4Tools-mini, {' and '.join(parts)} tools"
-    return Task("gpt4tools", title, METRICS, "average", samples, score_sample, settings)
+    return Task("gpt4tools", title, METRICS, samples, score_sample, settings)
 
 
 def score_sample(sample: BenchSample, written: Written, steps: Sequence[Step]) -> dict[str, float]:
@@ -97,7 +97,7 @@ def file_task(paths: Sequence[Path], *, tools: Tools = "own", limit: int | None 
         samples += sorted(drawn, key=lambda sample: places[sample.registry.fingerprint])
     settings = {"data": [str(path) for path in paths], "tools": tools, "limit": limit}
     title = f"GPT4Tools, {' and '.join(files)}"
-    return Task("gpt4tools", title, METRICS, "average", samples, score_sample, settings)
+    return Task("gpt4tools", title, METRICS, samples, score_sample, settings)
 
 
 def _spread(rows: Sequence[GPT4ToolsSample], limit: int | None) -> Sequence[GPT4ToolsSample]:

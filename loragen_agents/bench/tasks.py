@@ -82,7 +82,6 @@ class Task:
     Attributes:
         name: the command's word for it; `title` is for people.
         metrics: metric -> heading, in the order of the table. Every score's keys are among them.
-        headline: the metric that variants are ranked by in words.
         settings: what the samples were drawn by; goes into the result and is compared on resume.
         choice_only: whether only the choice of a tool is asked for, which takes no decoding.
     """
@@ -90,7 +89,6 @@ class Task:
     name: str
     title: str
     metrics: Mapping[str, str]
-    headline: str
     samples: Sequence[BenchSample]
     score: Scorer
     settings: Mapping[str, Any] = field(default_factory=dict)

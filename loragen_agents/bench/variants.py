@@ -23,22 +23,20 @@ class Base:
         definitions: whether tool definitions stand in the prompt.
         source: where its weights come from: none (the bare model), a PEFT folder, a generator checkpoint, or a sentence
             encoder that stands in for the model.
-        trained: whether the weights were trained for the tools' family, that is, must be made with a recipe first.
     """
 
     title: str
     definitions: bool
     source: Source
-    trained: bool = False
 
 
 BASES: dict[str, Base] = {
     "definitions": Base("Bare model, definitions in the prompt", True, "none"),
     "bare": Base("Bare model, no definitions", False, "none"),
-    "lora-definitions": Base("LoRA, definitions in the prompt", True, "peft", trained=True),
-    "lora": Base("LoRA, no definitions", False, "peft", trained=True),
+    "lora-definitions": Base("LoRA, definitions in the prompt", True, "peft"),
+    "lora": Base("LoRA, no definitions", False, "peft"),
     "lora-gen": Base("LoRA-Gen, not trained on these tools' family", False, "generator"),
-    "lora-gen-trained": Base("LoRA-Gen, trained on these tools' family", False, "generator", trained=True),
+    "lora-gen-trained": Base("LoRA-Gen, trained on these tools' family", False, "generator"),
     "minilm": Base("all-MiniLM-L6-v2, nearest name and description", False, "embedding"),
 }
 OPTIONS: dict[str, str] = {

@@ -143,7 +143,7 @@ def test_due_steps_are_written_one_after_the_other(tmp_path: Path) -> None:
         for s in gold
     )
     sample = BenchSample("1", "own", "positive", registry, (Turn("Who is it?"),), output, due=gold)
-    several = Task("gpt4tools", "Two steps", {"success": "SR"}, "success", [sample], score_sample)
+    several = Task("gpt4tools", "Two steps", {"success": "SR"}, [sample], score_sample)
     engine = FakeEngine()
 
     def write(turns: Sequence[Turn]) -> str:
@@ -170,7 +170,7 @@ def test_two_calls_in_either_order_are_followed_by_their_own_reports(tmp_path: P
 
     engine = FakeEngine()
     engine.answers["lora-gen"] = write
-    task = Task("calls", "Two calls", METRICS, "call", [sample], score_call)
+    task = Task("calls", "Two calls", METRICS, [sample], score_call)
     folder = RunFolder(None, header(task))
     run_variants(task, variants_from_names(["lora-gen"]), engine, folder, lambda record: None)
     assert folder.records[0]["scores"]["call"] == 1.0
@@ -180,7 +180,7 @@ def test_two_calls_in_either_order_are_followed_by_their_own_reports(tmp_path: P
 def test_the_choice_alone_takes_no_step(tmp_path: Path) -> None:
     registry = ToolRegistry.from_tools([{"name": name, "description": f"{name}!"} for name in ("one", "two")])
     sample = BenchSample("1", "own", "call", registry, (Turn("?"),), "", calls=(GoldCall("one", {}),))
-    task = Task("choice", "Choice", CHOICE_METRICS, "tool", [sample], score_choice, choice_only=True)
+    task = Task("choice", "Choice", CHOICE_METRICS, [sample], score_choice, choice_only=True)
     folder = RunFolder(None, header(task))
     run_variants(task, variants_from_names(["lora-gen+match"]), FakeEngine(), folder, lambda record: None)
     assert folder.records[0]["scores"] == {"tool": 0.0, "best": 1.0, "called": 0.0}
