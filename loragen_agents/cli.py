@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _swallowed_interrupts_again() -> Iterator[None]:
-    """Interrupt once more where Ctrl-C came at a moment at which Python can't let it through.
+    """Interrupt once more where Ctrl-C came while Python can't raise a KeyboardInterrupt.
 
     In a finaliser or a weak reference's callback, as the import system has them, a KeyboardInterrupt is printed and
     dropped, and the command would go on.
@@ -88,7 +88,7 @@ def _swallowed_interrupts_again() -> Iterator[None]:
 
 
 def _abandon_stdout() -> None:
-    """Send what stdout still holds nowhere: Python would complain once more when it flushes at exit."""
+    """Point stdout at the null device: Python flushes it at exit and would report the same error again."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

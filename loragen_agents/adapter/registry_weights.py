@@ -1,4 +1,4 @@
-"""What the generator hands to the edge for one registry: weights that are shared, keys, and the updates of each tool.
+"""What the generator hands to the edge for one registry: shared weights, keys, and the updates of each tool.
 
 With keys, the shared weights are merged, the keys choose the tool, and only the chosen tool's updates are in place
 while its call is written, with the arguments that a reader finds in the request. Without keys, as for other runtimes,
@@ -85,6 +85,6 @@ class RegistryWeights:
 
 
 def _made_for_all(make: Callable[[], Value]) -> Value:
-    """Make what others may use outside the inference mode of whoever asks first."""
+    """Make a value of ordinary tensors even where the first caller is in inference mode: others may merge them."""
     with torch.inference_mode(False), torch.no_grad():
         return make()

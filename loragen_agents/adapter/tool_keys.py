@@ -1,7 +1,7 @@
-"""What a registry's tools are recognised by: one vector a tool, and the maps that turn a request into another.
+"""How the tool for a request is found: one vector for each tool, and maps that turn a request into such a vector.
 
-A `ToolKeys` is a plain value, made by the generator's head. The tool whose vector is most like the request's is the
-one that the request calls for, unless a learnt answer "none" is likelier. Knows nothing of models, prompts or how a
+A `ToolKeys` is a plain value, made by the generator's tool head. The tool with the vector nearest to the request's is
+called, unless the learnt answer "none" is likelier. Knows nothing of models, prompts or how a
 call is written.
 """
 
@@ -53,7 +53,7 @@ class RequestMaps:
 
 @dataclass(frozen=True, eq=False)
 class ToolKeys:
-    """The vectors of a registry's tools, and what requests are compared with them by.
+    """The vectors of a registry's tools, and the maps of requests to be compared with them.
 
     Attributes:
         requests: maps of requests; the same for every registry.

@@ -285,6 +285,6 @@ def _in_own_thread(tool: BaseTool) -> BaseTool:
 
 
 def _goes_in_circles(text: str) -> bool:
-    """Whether a text ends in the same stretch of 12 to 200 characters three times over; rules and dots don't count."""
+    """Whether a text ends in the same 12 to 200 characters three times; they must hold a letter or digit."""
     lengths = range(12, min(200, len(text) // 3) + 1)
     return any(text.endswith(text[-length:] * 3) and any(map(str.isalnum, text[-length:])) for length in lengths)

@@ -1,6 +1,6 @@
 """What a turn costs: prompt tokens, time, memory; measured one turn at a time, summed up one variant at a time.
 
-Knows nothing of what was asked or how well it was answered. Times are wall clock; memory is what a turn adds on top of
+Does not know what was asked or how well it was answered. Times are wall clock; memory is what a turn adds to that of
 the model, as the accelerator's allocator or the operating system counts it.
 """
 

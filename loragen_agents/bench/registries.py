@@ -1,4 +1,4 @@
-"""Draws the registries of `bench calls` that look like life: whole applications, parts of them, and mixtures.
+"""Draws the realistic registries of `bench calls`: whole applications, parts of them, and mixtures.
 
 A registry serves many requests, so that a figure over 300 of them takes few readings of tools. What an application is
 depends on the source (`application_of`). Knows nothing of models and scores; the registries that training draws are
@@ -228,7 +228,7 @@ class RegistryDrawer:
         return kept
 
     def _conflict(self, one: str, two: str) -> bool:
-        # Tools that nobody asks for may be as alike as they like. The makers of an application tell its tools apart.
+        # Tools without requests may be alike: no answer depends on them. Those of one application are apart already.
         if not (self._requests[one] or self._requests[two]) or self._same_application(one, two):
             return False
         return self._overlap.conflict(one, two)

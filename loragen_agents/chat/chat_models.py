@@ -1,6 +1,6 @@
 """`LoRAGenChatModel`: a specialised local model as a LangChain chat model.
 
-What the class adds to the layers below is LangChain's shape: binding of tools, streaming, async forms, usage. The
+The class adds LangChain's interface to the rooms below: binding of tools, streaming, async forms, usage. The
 fields, and how they are written down, are in `fields`; how messages become a prompt is in `messages`, how a step is
 decoded in `steps`, how a registry becomes a model in `specialization`.
 """

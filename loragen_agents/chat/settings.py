@@ -23,7 +23,7 @@ _TOLERATED = ("strict", "parallel_tool_calls", "stream")
 
 @dataclass(frozen=True)
 class CallSettings:
-    """What one call goes by.
+    """The settings of one call.
 
     Args:
         model: The edge LM or its name.

@@ -45,7 +45,7 @@ def decode_step(
     """Decode the next step of a conversation. Closing the generator stops the decoding.
 
     Args:
-        call: What the call goes by.
+        call: Its settings.
         conversation: What the messages said.
         specialization: The model, specialised on the call's tools.
         names: First entries of the metadata: what the models are called.

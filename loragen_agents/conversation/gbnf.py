@@ -35,7 +35,7 @@ _NEEDS = {
     "string": ("char",),
     "number": ("integer",),
 }
-# Keywords whose sense the rules have, or which have none for the value itself.
+# Keywords that the rules follow, or that say nothing about the value.
 _HELD = frozenset(
     {"type", "enum", "const", "properties", "required", "items", "minItems", "maxItems", "minLength", "maxLength"}
     | {"anyOf", "oneOf", "$ref", "$defs", "definitions", "additionalProperties"}
@@ -64,7 +64,7 @@ def tool_gbnf(registry: ToolRegistry) -> str:
 
 
 class _Writer:
-    """Collects the rules of a grammar. notes: what of the schemas is not in them."""
+    """Collects the rules of a grammar; `notes` lists the parts of schemas that the rules do not hold."""
 
     def __init__(self) -> None:
         self.rules: dict[str, str] = {}

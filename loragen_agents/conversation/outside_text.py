@@ -19,7 +19,7 @@ QUOTE_MARK = "> "
 _BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|<0x0[ad]>", re.IGNORECASE)
 _LABELS = tuple(label.replace(" ", "").casefold() for label in LINE_LABELS)
 _LONGEST = max(map(len, _LABELS))
-# Control, mark and separator characters: tokenizers may drop or change them. So may be done with the other two.
+# Control, mark and separator characters, which tokenizers may drop or change, as they may the two characters below.
 _DROPPED_CATEGORIES = "CMZ"
 _DROPPED_CHARACTERS = "\ufffd\u2581"
 

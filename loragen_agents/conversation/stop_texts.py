@@ -1,4 +1,4 @@
-"""Texts that end another one which comes piece by piece: where to cut it, and what to hold back until that is clear."""
+"""Stop texts in a text that arrives in pieces: where to cut it, and how much of its end to hold back."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
 """What a training step sees: a registry and requests to it, each with the one right continuation.
 
 An `Episode` shares its registry among all of its samples. A `Sample` is an open conversation and what the assistant
-does next; `target_parts` writes that as the text which follows `Thought: Do I need to use a tool?`. Where episodes
-come from is the sampler's affair, tokens and losses are the trainer's.
+does next; `target_parts` writes that as the text which follows `Thought: Do I need to use a tool?`. Episodes
+are drawn by `sampler`; tokens and losses are the trainer's part.
 """
 
 from dataclasses import asdict, dataclass
@@ -97,7 +97,7 @@ def target_text(sample: Sample, registry: ToolRegistry) -> str:
 
 
 def plain_episode(episode: Episode) -> dict[str, Any]:
-    """The episode as plain values, for people who want to look at what is drawn."""
+    """The episode as plain values, for `data sample` and other ways to look at what is drawn."""
     return {
         "input_format": episode.registry.input_format,
         "tools": [tool.model_dump() for tool in episode.registry],

@@ -1,7 +1,7 @@
-"""Which tools do nearly the same, so that a registry with both would leave the right answer open.
+"""Which tools do nearly the same, so that in a registry with both either could be right.
 
-A tool is a bag of weighted words: its name, its description and, where it has some, the requests that call it. It is a
-rough measure on purpose: it only keeps ambiguous neighbours out of a registry.
+A tool is a bag of weighted words: of its name, its description and the requests that call it, if there are any. The
+measure is rough: it only has to keep ambiguous pairs out of a registry.
 """
 
 import math
@@ -103,7 +103,7 @@ class Overlap:
         return self.likeness(first, second) >= threshold
 
     def serves(self, tool: str, wanted: str, threshold: float = 0.27) -> bool:
-        """Whether `tool` might pass for `wanted` where `wanted` is missing: the same family, or alike words."""
+        """Whether `tool` might serve requests for `wanted`, which is missing: the same family, or similar words."""
         one, two = self._tools[tool], self._tools[wanted]
         if self._groups.get(tool, set()) & self._groups.get(wanted, set()):
             return True

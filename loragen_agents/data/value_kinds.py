@@ -1,6 +1,6 @@
 """What kind of value each argument of a call has, and where it stands in the Action Input.
 
-So that training and evaluation can tell what is learnt: copying from the request, converting, choosing. Knows tools
+Training and evaluation report by kind what is learnt: copying from the request, converting, choosing. Knows tools
 and text; no tokens and no models.
 """
 

@@ -1,6 +1,6 @@
 """A generator on disk: `generator.safetensors` and `generator.json`, bound to the two language models it was made for.
 
-This module reads, writes and compares; what the tensors mean is the generator's own business. Never pickle.
+Reads, writes and compares; does not know what the tensors mean. Never pickle.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The generator: system prompt -> meta-token states -> gates -> LoRA weights of the edge LM (paper section 3.2).
 
-Ties the parts of this package together and keeps them in one `nn.Module` that can be trained, saved and loaded. Knows
-nothing of prompts or LangChain: a system prompt is text, and a registry is handed through to the tool memory.
+Ties the parts of this room together in one `nn.Module` that can be trained, saved and loaded. A system prompt is plain
+text here; a registry is read by the tool memory and the heads. Knows nothing of LangChain.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class Generated:
     @property
     def weights(self) -> list[LoRAWeights]:
         """The LoRA weights of each registry, as views of `matrices`; `apply_lora` takes the list."""
-        # Unbound, since the way back through an index makes a tensor of zeros as large as all layers, for each of them.
+        # With unbind: for each layer, the backward pass of indexing makes a tensor of zeros as large as all layers.
         split = {
             projection: [list(zip(a.unbind(0), b.unbind(0), strict=True)) for a, b in zip(*pair, strict=True)]
             for projection, pair in self.matrices.items()
@@ -109,7 +109,7 @@ class LoRAGenerator(nn.Module):
             self.meta_tokens = self._new_meta_tokens(cloud)
             self._renderer = shared_renderer(cloud.tokenizer)
             self._head: list[int] = cloud.tokenizer("", add_special_tokens=True).input_ids
-        # Each model may have a device of its own; what follows the cloud LM stays with it.
+        # The two models may be on different devices; the parts that work on the cloud LM's states are on its device.
         device = (cloud or edge).model.device
         self.producer = self._new_producer().to(device)
         self.router: Router | None = None

@@ -1,6 +1,6 @@
 """Writes tools into LoRA weights: reads them with the edge LM and hands what was read to the tool memory.
 
-Keeps what it has read, so that a registry grows or shrinks by a tool without reading the others again.
+Caches readings, so that a registry grows or shrinks by a tool without reading the others again.
 """
 
 from collections import OrderedDict

@@ -1,8 +1,8 @@
 """The tool head: which tool a request calls for, learnt on activations of the frozen edge LM (no part of the paper).
 
-A request and a tool are read by the same model, with the expert weights in place. What its FFNs hold then, in the last
-layers and at two places, is turned into a vector by one linear map for requests and one for tools; the tool whose
-vector is most like the request's is called. A tool is read by several texts (see `tool_texts`), whose vectors are
+A request and a tool are read by the same model, with the expert weights in place. Its FFN activations in the last
+layers, at two places, become a vector by one linear map for requests and one for tools; the tool with the vector
+nearest to the request's is called. A tool is read by several texts (see `tool_texts`), whose vectors are
 averaged, so tools don't depend on each other: a registry grows by a tool without touching the others.
 
 `ToolHead` is the learnt part; `ToolIndexer` reads tools with the edge LM and keeps their vectors.
@@ -91,7 +91,7 @@ class ToolHead(nn.Module):
         return made
 
     def maps(self) -> RequestMaps:
-        """What requests are compared by, as a value."""
+        """The maps of requests, as a value of their own."""
         scale = self.log_scale.exp()
         return RequestMaps(self.layers, self.request_mean, self.request_map, self.none, self.none_bias, scale)
 
@@ -100,7 +100,7 @@ class ToolHead(nn.Module):
 
         Args:
             activations: of each tool and kind of text, with shape (tools, kinds, slots, intermediate size).
-            present: which texts a tool has, boolean, with shape (tools, kinds); what stands for others is unused.
+            present: which texts a tool has, boolean, with shape (tools, kinds); the activations of others are not used.
         """
         return self.tool_vectors(F.normalize(activations.to(self.tool_mean) - self.tool_mean, dim=-1), present)
 
@@ -112,7 +112,7 @@ class ToolHead(nn.Module):
 
 
 class ToolIndexer(nn.Module):
-    """The head of one edge LM, and what reads tools for it.
+    """The head of one edge LM; reads tools for it and caches their vectors.
 
     Args:
         edge: the edge LM; it stays as it is.
@@ -164,7 +164,7 @@ class ToolIndexer(nn.Module):
         return self
 
     def _read(self, tools: Sequence[Tool], beside: LoRAWeights) -> Tensor:
-        """Vectors of tools, in batches of some dozens, so that the activations of 1,000 tools needn't be held."""
+        """Vectors of tools, read some dozens at a time: the activations of 1,000 tools would take much memory."""
         done = []
         with apply_lora(self._edge[0], beside.detach()):
             for begin in range(0, len(tools), 64):

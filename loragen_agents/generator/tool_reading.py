@@ -188,7 +188,7 @@ def capture_down_proj_inputs(model: PreTrainedModel, layers: Sequence[int], inpu
 
 
 class _Enough(Exception):
-    """Ends a forward pass whose rest nobody needs."""
+    """Ends a forward pass early: all activations that are wanted are there."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""How a tool reads as a request: texts that stand in the place of a user's words, from which it is recognised.
+"""A tool in words: texts that stand in the place of a user's request, so that requests can be compared with the tool.
 
-Knows tools as words and schemas only; what becomes of the texts is `tool_head`'s and `tool_reading`'s business.
+Knows tools as words and schemas only. The texts are used by `tool_head`, `argument_head` and `tool_reading`.
 """
 
 import re
@@ -10,11 +10,11 @@ from typing import Any
 
 from loragen_agents.registry import Tool
 
-# Descriptions are instructions, whatever their length: what stands far behind the first lines tells little about when
-# a tool is wanted, and every token is paid for at specialisation.
+# Descriptions may be long instructions. Text behind the first lines says little about when a tool is wanted, and every
+# token takes time at specialisation.
 _MAX_DESCRIPTION, _MAX_PURPOSE, _MAX_ARGUMENTS = 300, 160, 200
 _MOST_ARGUMENTS, _MOST_VALUES, _MAX_NOTE = 10, 8, 60
-# Where arguments are read one by one, several share a text, which is read at once.
+# For the argument head, several arguments share a text, which is read at once.
 _MAX_AIM, _ARGUMENTS_A_TEXT = 120, 8
 
 

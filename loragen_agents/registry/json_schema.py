@@ -238,13 +238,13 @@ def constants(schema: Any) -> list[Any] | None:
 
 
 def endless_arguments(schema: Mapping[str, Any]) -> list[str]:
-    """The properties of an object's schema that no finite value fits: what they require asks for itself again.
+    """The properties of an object's schema that no finite value fits: each requires another value of its own kind.
 
     Works on a schema that `inline_references` has been over.
     """
     references = {node["$ref"] for node in _nodes(schema) if isinstance(node.get("$ref"), str)}
     finite: set[str] = set()
-    # A reference is finite once it is so by references that are known to be; repeated until nothing is added.
+    # A reference is finite if it is so with the references found before; repeat until none is added.
     while more := {one for one in references - finite if _is_finite(resolve(one, schema), finite)}:
         finite |= more
     return [name for name, value in schema["properties"].items() if not _is_finite(value, finite)]
@@ -258,7 +258,7 @@ def _nodes(node: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _is_finite(schema: Any, finite: Collection[str]) -> bool:
-    """Whether some value of finite size may fit, where only the references in `finite` are known to have one."""
+    """Whether a value of finite size may fit, given that the references in `finite` have one."""
     if not isinstance(schema, Mapping) or "const" in schema or "enum" in schema:
         return True
     if isinstance(schema.get("$ref"), str) and schema["$ref"] not in finite:

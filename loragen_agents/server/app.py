@@ -154,7 +154,7 @@ async def _stream(request: Request, service: Service, job: Job, reply: Reply) ->
 
 
 def _settle(service: Service, job: Job, finish: Finish | None) -> None:
-    """Whatever became of a job: nobody waits for it any more."""
+    """End a job, whatever became of it, and count its outcome."""
     job.cancel()
     if finish is not None:
         service.metrics.finished(finish, job.wait_seconds)

@@ -1,8 +1,8 @@
-"""A specialisation as one archive: what an edge without generator and cloud LM needs to decode, and others to run.
+"""A specialisation as one archive, with which an edge decodes that has neither generator nor cloud LM.
 
 The archive is a zip file of safetensors and JSON, nothing in it is executed. Its top is a PEFT folder with the sum of
 all weights, which any runtime takes. Beside it lie the parts that this package decodes with: the shared weights, the
-updates of each tool, and what the tool and its arguments are recognised by.
+updates of each tool, and the keys that choose a tool and its arguments.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Specialisations on disk: a folder each, with a manifest that says it is whole. Damaged ones are removed.
 
-A folder holds the vectors of a registry's tools, weights as a PEFT folder, or both: what can't be made again in no
-time. Several processes may use the same cache folder. What is kept, and when it is made, is `specialize`'s business.
+A folder holds the vectors of a registry's tools, weights as a PEFT folder, or both: the parts that take time to make.
+Several processes may use the same cache folder. `specialize` decides what is kept, and makes it.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Language models and generators, loaded once for all who use the same one at the same time.
 
-They are freed once nobody uses them: specialisations in memory (see `specialize`) and callers keep theirs, and the
-generator that was asked for last stays, so that one call after another finds it loaded.
+They are freed with their last user: a caller, or a specialisation in memory (see `specialize`). The generator that was
+asked for last stays loaded, so that the next call finds it.
 """
 
 import torch

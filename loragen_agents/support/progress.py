@@ -1,4 +1,4 @@
-"""How long work says what it is doing: a callback that is told the step and how far it has come.
+"""Progress of long work: a callback that is told the current step and the part of it that is done.
 
 A caller passes its own callback. Without one the steps are drawn on the terminal, if there is one, and go to the log in
 any case. Knows nothing of what the work is.
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-# Told the step in words and the part of it that is done (0 to 1, None where that is not known). What it raises ends the
-# work, which then leaves nothing half-done behind.
+# Called with the step in words and the part of it that is done (0 to 1, None where that is not known). An exception
+# that it raises ends the work, which then leaves nothing half-done behind.
 Progress = Callable[[str, float | None], None]
 
 
@@ -22,7 +22,7 @@ def silent(text: str, fraction: float | None) -> None:
 
 
 def lines() -> Progress:
-    """A progress callback that writes each step as a line to stderr: for the log of a run that nobody watches."""
+    """A progress callback that writes each step as a line to stderr: for the log of an unattended run."""
     from loragen_agents.support.console import messages, visible
 
     last = ""

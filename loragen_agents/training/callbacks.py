@@ -1,4 +1,4 @@
-"""What goes on beside the steps of a run: keeping the best generator, telling how it goes, ending it in good order."""
+"""Callbacks of a training run: keep the best generator, report progress, end the run with a checkpoint."""
 
 import json
 import logging

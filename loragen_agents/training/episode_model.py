@@ -1,8 +1,8 @@
-"""The generator as it is trained: episodes in, one loss and the rates behind it out.
+"""The generator in training: episodes in, a loss and the rates of right parts out.
 
 A registry is turned into LoRA weights once and serves all of its episode's requests; gradients go through the frozen
 edge LM into what made the weights. Most target tokens copy arguments, so the parts of a step (decision, name,
-arguments, answer) are averaged and weighted apart. Knows models and losses; where episodes come from it does not know.
+arguments, answer) are averaged and weighted apart. Knows models and losses, but not where episodes come from.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,8 +70,8 @@ class _Counts:
         return cls(tokens, calls, sum(sample.opening for sample in samples), len(episode.registry))
 
 
-# Gives the memory's activations at a place of each sample; None passes a sample over.
-_Look = Callable[[Sequence[int | None]], Tensor]
+# A place for each sample, or None to leave it out -> the memory's activations there.
+_ActivationsAt = Callable[[Sequence[int | None]], Tensor]
 
 
 class EpisodeModel(nn.Module):
@@ -182,7 +182,7 @@ class EpisodeModel(nn.Module):
         return loss
 
     def _choice_loss(
-        self, match: ToolMatch, chunk: Sequence[TokenizedSample], at: "_Look", counts: "_Counts"
+        self, match: ToolMatch, chunk: Sequence[TokenizedSample], at: "_ActivationsAt", counts: "_Counts"
     ) -> Tensor | float:
         """The share of some samples in the match's cross entropy over the tools, at their `Action:`."""
         choices = [sample.choice for sample in chunk if sample.choice is not None]
@@ -191,7 +191,7 @@ class EpisodeModel(nn.Module):
         return self._match("match", match.choose(at([sample.action_place for sample in chunk])), choices) / counts.calls
 
     def _decision_loss(
-        self, match: ToolMatch, chunk: Sequence[TokenizedSample], at: "_Look", counts: "_Counts"
+        self, match: ToolMatch, chunk: Sequence[TokenizedSample], at: "_ActivationsAt", counts: "_Counts"
     ) -> Tensor | float:
         """The share of some samples in the match's cross entropy over the tools and none, where a request ends."""
         opening = [sample for sample in chunk if sample.opening]
@@ -216,11 +216,11 @@ class EpisodeModel(nn.Module):
         rows = [sample.input_ids for sample in samples]
         return batches(rows, self.batch_tokens, share=share and whole, device=model.device)
 
-    def _run(self, batch: Batch, chunk: Sequence[TokenizedSample]) -> tuple[Tensor, Tensor, Tensor, "_Look"]:
-        """Cross entropy, rightness and part of every target token (tokens,), and a look at the memory's activations.
+    def _run(self, batch: Batch, chunk: Sequence[TokenizedSample]) -> tuple[Tensor, Tensor, Tensor, "_ActivationsAt"]:
+        """Cross entropy, rightness and part of every target token (tokens,), and a function for activations.
 
-        The last takes a place for each sample, or None to pass it over, and gives the inputs of `down_proj` there, with
-        shape (memory layers, places, intermediate size).
+        The function takes a place for each sample, or None to leave the sample out, and gives the inputs of `down_proj`
+        there, with shape (memory layers, places, intermediate size).
         """
         model, writer = self._edge[0], self.generator.tool_memory
         mask = None if batch.mask is None else batch.mask.to(model.dtype)

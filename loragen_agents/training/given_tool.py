@@ -2,7 +2,7 @@
 
 Once a tool is chosen, only its own rank-one updates are in place when its arguments are written, so the same holds
 here. Requests for many tools run in one batch: the experts are shared by it, and each row has its own tool's updates.
-Knows tokens, generator and edge LM; where episodes come from it does not know.
+Knows tokens, generator and edge LM, but not where episodes come from.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""An array in a file that is filled from its beginning: what an interrupted run has written is not written again."""
+"""An array in a file that is filled from its beginning, so that an interrupted run goes on where it stopped."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ from loragen_agents.support.files import replacing
 
 
 class KeptArray:
-    """A float16 array mapped from `folder/NAME.npy`; `folder/NAME.json` says what it is of and how much is done.
+    """A float16 array mapped from `folder/NAME.npy`; `folder/NAME.json` holds its digest and how much is done.
 
     Args:
         folder: where both files are kept.
         name: of the files.
         shape: of the array.
-        digest: tells what it is of; an array with another digest is begun anew.
+        digest: of all that the content depends on; an array with another digest is begun anew.
     """
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, ...], digest: str) -> None:

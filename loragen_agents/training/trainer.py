@@ -248,7 +248,7 @@ def _arguments(recipe: Recipe, folder: Path, *, on_cpu: bool) -> TrainingArgumen
         report_to=["tensorboard"] if find_spec("tensorboard") else [],
         seed=recipe.seed,
         use_cpu=on_cpu,
-        # Named without need, the backend would have Accelerate look for a process group that nobody has made.
+        # If a backend is named for one process, Accelerate looks for a process group that does not exist.
         ddp_backend="gloo" if on_cpu and several else None,
     )
 
