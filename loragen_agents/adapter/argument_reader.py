@@ -37,8 +37,10 @@ class ArgumentKind(IntEnum):
 class Listed:
     """The arguments of some tools, padded to the longest list.
 
-    vectors: shape (tools, arguments, 2 · width). kinds: `ArgumentKind`, shape (tools, arguments). required, present:
-    boolean, of the same shape; what is not present is padding.
+    Attributes:
+        vectors: shape (tools, arguments, 2 · width).
+        kinds: `ArgumentKind`, shape (tools, arguments).
+        required, present: boolean, of the same shape; what is not present is padding.
     """
 
     vectors: Tensor
@@ -134,7 +136,10 @@ def _log_odds(logarithms: Tensor) -> Tensor:
 class ArgumentKeys:
     """One tool's arguments, and what reads whether they are given.
 
-    vectors: shape (arguments, 2 · width). kinds: an `ArgumentKind` each. required: whether each is.
+    Attributes:
+        vectors: shape (arguments, 2 · width).
+        kinds: an `ArgumentKind` each.
+        required: whether each is.
     """
 
     reader: ArgumentReader

@@ -70,8 +70,9 @@ def measure_speeds(
 ) -> Speeds:
     """Time all ways of decoding in turn, `rounds` times after one that does not count.
 
-    untouched: the same model as transformers loads it, for `generate`: `model`, as this package loads it, has its
-    weights arranged in memory, which `generate` gains from, too.
+    Args:
+        untouched: the same model as transformers loads it, for `generate`: `model`, as this package loads it, has its
+            weights arranged in memory, which `generate` gains from, too.
     """
     merged = clone_sharing_tensors(model)
     random_weights(model).merge_into(merged)

@@ -15,10 +15,12 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Completion:
     """What was generated behind one prompt.
 
-    text: without stop string, stop token and, for a tool call held to a grammar, the closing `Observation:`.
-    token_ids: all generated tokens, those included. finish_reason: "stop" (a stop token or string, or the grammar's
-    end), "length" or "cancelled". prompt_tokens: length of the prompt, of which cached_tokens were not read anew.
-    first_token_seconds: until the first token was known; seconds: until the last.
+    Attributes:
+        text: without stop string, stop token and, for a tool call held to a grammar, the closing `Observation:`.
+        token_ids: all generated tokens, those included.
+        finish_reason: "stop" (a stop token or string, or the grammar's end), "length" or "cancelled".
+        prompt_tokens, cached_tokens: length of the prompt, and how many of its tokens were not read anew.
+        first_token_seconds, seconds: until the first token was known, and the last.
     """
 
     text: str

@@ -42,11 +42,12 @@ _SCORED = 256
 class Decoder:
     """Generates with one model. Safe for use by several threads, which share nothing but prefixes that were read.
 
-    model: a causal LM with full or sliding attention, in evaluation mode; fastest after `forward.arrange_weights`.
-    tokenizer: its tokenizer.
-    stop_token_ids: tokens that end a completion; default: the model's and the tokenizer's end-of-sequence tokens.
-    prefixes: how read prefixes are kept; default: 8 of them, 256 MiB in all.
-    runtime: what runs the model; see `Runtime`.
+    Args:
+        model: a causal LM with full or sliding attention, in evaluation mode; fastest after `forward.arrange_weights`.
+        tokenizer: its tokenizer.
+        stop_token_ids: tokens that end a completion; default: the model's and the tokenizer's end-of-sequence tokens.
+        prefixes: how read prefixes are kept; default: 8 of them, 256 MiB in all.
+        runtime: what runs the model; see `Runtime`.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Decoder:
     ) -> CompletionStream:
         """Generate behind `prompt`, piece by piece. Nothing is computed before the first piece is asked for.
 
-        cancel: set it, from any thread, to stop before the next token; what was generated until then is kept.
-        updates: run beside the model's weights for all tokens that are read from here on; a `ReadPrompt` stays as it
-            was read.
+        Args:
+            cancel: set it, from any thread, to stop before the next token; what was generated until then is kept.
+            updates: run beside the model's weights for all tokens that are read from here on; a `ReadPrompt` stays as
+                it was read.
 
         Raises:
             PromptError: the prompt is empty, or too long for the model.
@@ -100,7 +102,8 @@ class Decoder:
     ) -> list[Completion]:
         """Generate behind several prompts, up to `batch_size` of them at once, longest first; results in their order.
 
-        grammar, updates: one for all prompts, or one for each.
+        Args:
+            grammar, updates: one for all prompts, or one for each.
 
         Raises:
             ValueError: another number of grammars or updates than of prompts. PromptError, GrammarError: as `stream`.
@@ -138,12 +141,13 @@ class Decoder:
         capture: Sequence[int] = (),
         updates: DownUpdates | None = None,
     ) -> ReadPrompt:
-        """Read a prompt without generating.
+        """Prefill: read a prompt without generating.
 
-        pin: keep its keys and values for good, as the beginning that many prompts will share; in 16-bit dtypes those
-            of its whole passes of `_ALIGNED` tokens.
-        capture: layers whose `activations` are wanted.
-        updates: run beside the model's weights.
+        Args:
+            pin: keep its keys and values for good, as the beginning that many prompts will share; in 16-bit dtypes
+                those of its whole passes of `_ALIGNED` tokens.
+            capture: layers whose `activations` are wanted.
+            updates: run beside the model's weights.
 
         Raises:
             PromptError: as `stream`.
@@ -161,10 +165,14 @@ class Decoder:
         capture: Sequence[int] = (),
         updates: DownUpdates | None = None,
     ) -> list[ReadPrompt]:
-        """Read tokens in one pass, and give what was read up to the end of each part, from the first part on.
+        """Prefill several parts in one pass, and give what was read up to the end of each, from the first on.
 
-        behind: a prompt that was read before and that the parts follow, with whatever updates it was read.
-        pin, capture, updates, errors: as `read`.
+        Args:
+            behind: a prompt that was read before and that the parts follow, with whatever updates it was read.
+            pin, capture, updates: as `read`.
+
+        Raises:
+            PromptError, ModelLoadError: as `read`.
         """
         before = () if behind is None else behind.token_ids
         ends = list(accumulate(map(len, parts), initial=len(before)))[1:]

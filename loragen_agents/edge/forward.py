@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """Chooses how `model` is run, anew for each request, so that a model merged or wrapped in between is followed.
 
-    chosen: "torch", "openvino", or "auto": what the environment variable LORAGEN_AGENTS_RUNTIME says, else "torch".
-        A model that OpenVINO has no graph for is run by PyTorch, with a warning that says why.
+    Args:
+        chosen: "torch", "openvino", or "auto": what the environment variable LORAGEN_AGENTS_RUNTIME says, else "torch".
+            A model that OpenVINO has no graph for is run by PyTorch, with a warning that says why.
 
     Raises:
         ModelLoadError: a kind of attention that the cache does not serve, a runtime that is not known, or OpenVINO is

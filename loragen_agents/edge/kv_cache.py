@@ -24,8 +24,10 @@ from loragen_agents.errors import ModelLoadError
 class KVCache:
     """Keys and values of `rows` sequences, per layer in one tensor with shape (2, rows, heads, slots, head size).
 
-    lengths: number of valid slots of each row. starts, span: while tokens are written, each row's first slot for them,
-    and the slots that any of them can see (up to the furthest row's end).
+    Attributes:
+        lengths: number of valid slots of each row.
+        starts, span: while tokens are written, each row's first slot for them, and the slots that any of them can see
+            (up to the furthest row's end).
 
     Layers are allocated when first written to, so that shapes need not be known before. Not safe for use by two threads
     at once.
@@ -62,7 +64,11 @@ class KVCache:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states; return the layer's keys and values as far as they can be seen.
 
-        keys, values: shape (rows, heads, width, head size). Returned: (rows, heads, span, head size), views.
+        Args:
+            keys, values: shape (rows, heads, width, head size).
+
+        Returns:
+            Views with shape (rows, heads, span, head size).
 
         Raises:
             ModelLoadError: keys and values differ in shape.
@@ -179,7 +185,9 @@ class _Entry:
 class PrefixStore:
     """The most recently used prefixes that a model has read, and their snapshots. Safe for use by several threads.
 
-    entries, size: how many are kept, and how many bytes in all. Pinned prefixes are kept beyond that, until `clear`.
+    Args:
+        entries, size: how many are kept, and how many bytes in all. Pinned prefixes are kept beyond that, until
+            `clear`.
     """
 
     def __init__(self, entries: int = 8, size: int = 256 * 2**20) -> None:
@@ -191,7 +199,8 @@ class PrefixStore:
     def find(self, tokens: Sequence[int], history: History = ()) -> tuple[Snapshot | None, int]:
         """The snapshot that shares the longest beginning with `tokens`, and the length of that beginning.
 
-        history: how the tokens are to be read; what was read in another way is not shared.
+        Args:
+            history: how the tokens are to be read; what was read in another way is not shared.
         """
         wanted = np.asarray(tokens, dtype=np.int64)
         best: tuple[bytes, History] | None = None

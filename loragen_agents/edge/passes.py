@@ -18,8 +18,10 @@ from loragen_agents.edge.kv_cache import KVCache, Snapshot
 class Layout:
     """Tokens that do not simply follow one another in their row, such as several continuations of one prefix.
 
-    positions: of the tokens fed, shape (rows, width). visible: slots that each token attends to, boolean, shape
-    (rows, width, span). slot_positions: the position held in each slot, shape (rows, span).
+    Attributes:
+        positions: of the tokens fed, shape (rows, width).
+        visible: slots that each token attends to, boolean, shape (rows, width, span).
+        slot_positions: the position held in each slot, shape (rows, span).
     """
 
     positions: Tensor

@@ -259,8 +259,10 @@ def _held_grammar(
 class ScoredPrompt:
     """A prompt whose tool is chosen, and that was read where this took reading.
 
-    updates: what runs beside the model while the step is written. tools: None where no tool had to be chosen.
-    seconds: what reading and choosing took.
+    Attributes:
+        updates: what runs beside the model while the step is written.
+        tools: None where no tool had to be chosen.
+        seconds: what reading and choosing took.
     """
 
     read: Sequence[int] | ReadPrompt
@@ -284,7 +286,8 @@ class ScoredPrompt:
 class StepCompletionStream(CompletionStream):
     """A step while it is generated.
 
-    tools: where the tool was chosen by scoring all of them, the probabilities that it was chosen by, else None.
+    Attributes:
+        tools: where the tool was chosen by scoring all of them, the probabilities that it was chosen by, else None.
     """
 
     def __init__(self, stream: CompletionStream, scored: ScoredPrompt | None = None) -> None:

@@ -19,10 +19,11 @@ _CONTEXT = 4
 class TextStream:
     """Collects the text of one sequence.
 
-    tokenizer: decodes; control tokens give no text.
-    prompt: the tokens before the first one that is pushed.
-    stop: texts at which the sequence ends; neither they nor what follows is part of it.
-    held: texts that may turn out to be no part of it (see `finish`), and are held back like stop strings.
+    Args:
+        tokenizer: decodes; control tokens give no text.
+        prompt: the tokens before the first one that is pushed.
+        stop: texts at which the sequence ends; neither they nor what follows is part of it.
+        held: texts that may turn out to be no part of it (see `finish`), and are held back like stop strings.
     """
 
     def __init__(

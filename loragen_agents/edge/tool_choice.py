@@ -44,7 +44,9 @@ class ToolProbabilities:
 class ReadRequest:
     """A prompt that was read for scoring.
 
-    prompt: up to `THOUGHT_QUESTION`. called: on to `Action:`.
+    Attributes:
+        prompt: up to `THOUGHT_QUESTION`.
+        called: on to `Action:`.
     """
 
     prompt: ReadPrompt

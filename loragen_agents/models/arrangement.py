@@ -57,8 +57,9 @@ def arrange_weights(model: PreTrainedModel, base: PreTrainedModel | None = None)
     time. The parameters stay the same objects with the same values, and only their storage moves. Does nothing for
     models that are not run leanly or not on a CPU.
 
-    base: a model whose parameters stay where they are. Others must not be in use in another thread: arrange a model
-    right after it was loaded, and a merged one, less its base, right after merging.
+    Args:
+        base: a model whose parameters stay where they are. Others must not be in use in another thread: arrange a model
+            right after it was loaded, and a merged one, less its base, right after merging.
     """
     if not is_lean(model) or model.device.type != "cpu":
         return

@@ -48,9 +48,10 @@ CONVERSION = 1
 class StoredModel:
     """A model whose files are on this machine.
 
-    name: what a user called it (a known name, a Hub id, a path).
-    folder: config.json, safetensors and tokenizer.
-    fingerprint: SHA-256 over its tensors, see `fingerprints.tensor_fingerprint`.
+    Attributes:
+        name: what a user called it (a known name, a Hub id, a path).
+        folder: config.json, safetensors and tokenizer.
+        fingerprint: SHA-256 over its tensors, see `fingerprints.tensor_fingerprint`.
     """
 
     name: str
@@ -61,10 +62,12 @@ class StoredModel:
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """What is noted beside a conversion, and checked at every use.
 
-    source: what was converted, in words; `sha256` is that of the whole GGUF file.
-    weights: size and time of change (ns) of each safetensors file; where these differ, the tensors are hashed again.
-    others: SHA-256 of each of the other files, which are small enough to be hashed every time.
-    versions: of the libraries that converted it.
+    Attributes:
+        source: what was converted, in words; `sha256` is that of the whole GGUF file.
+        weights: size and time of change (ns) of each safetensors file; where these differ, the tensors are hashed
+            again.
+        others: SHA-256 of each of the other files, which are small enough to be hashed every time.
+        versions: of the libraries that converted it.
     """
 
     conversion: int
@@ -88,7 +91,8 @@ def obtain_model(
 ) -> StoredModel:
     """Give the folder and fingerprint of a model; fetch, check and convert it first where that is needed.
 
-    name: as in `sources.find_source`.
+    Args:
+        name: as in `sources.find_source`.
 
     Raises:
         ModelLoadError: see `find_source`, `fetch_known` and `fetch_hub`; also for a file that can't be converted, a
@@ -201,8 +205,9 @@ def _converted(
 ) -> StoredModel:
     """Give the intact conversion of a GGUF file from the cache, or make it.
 
-    size: bytes of the GGUF file.
-    fetch: puts the GGUF file into the work folder that it is given, and returns its path.
+    Args:
+        size: bytes of the GGUF file.
+        fetch: puts the GGUF file into the work folder that it is given, and returns its path.
     """
     folder = _conversion_folder(root, name, sha256)
     # The file, and 16 bits for each of its weights, which it keeps in about four.

@@ -34,8 +34,9 @@ _NO_LIMIT = int(1e30)
 def convert_gguf(gguf: Path, folder: Path, name: str, progress: Progress) -> None:
     """Convert a GGUF file and write the result to `folder`, which is made.
 
-    gguf: a file in a folder of its own: transformers would take up configuration files that lie beside it.
-    name: the model's name, for messages.
+    Args:
+        gguf: a file in a folder of its own: transformers would take up configuration files that lie beside it.
+        name: the model's name, for messages.
 
     Raises:
         ModelLoadError: the file is damaged, or of an architecture or quantisation that transformers can't read.

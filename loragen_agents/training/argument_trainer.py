@@ -50,9 +50,10 @@ _EVERY = 0.6  # a source's share grows with this power of its requests
 class ReadExamples:
     """What was read of the examples.
 
-    values: of all requests' tokens one behind the other, float16, with shape (tokens, layers · value width).
-    starts: of each request, the place of its first token; last where all end.
-    words: of each tool, as `read_arguments` gives them.
+    Attributes:
+        values: of all requests' tokens one behind the other, float16, with shape (tokens, layers · value width).
+        starts: of each request, the place of its first token; last where all end.
+        words: of each tool, as `read_arguments` gives them.
     """
 
     values: np.ndarray

@@ -26,8 +26,10 @@ CHAT = "chat"
 class Asked:
     """A request, or what is due behind the steps of one.
 
-    text: index of what is read. tool: index of the tool that is to be called, None where none is.
-    never: tools that no registry holds beside it, because they could serve the request, too.
+    Attributes:
+        text: index of what is read.
+        tool: index of the tool that is to be called, None where none is.
+        never: tools that no registry holds beside it, because they could serve the request, too.
     """
 
     text: int
@@ -41,8 +43,12 @@ class Asked:
 class HeadExamples:
     """Texts, tools and requests; tools and texts are named by their index.
 
-    texts: what is read, each once. tools: records of all tools. tool_texts: for each tool and kind of text, the index
-    of the text, or -1. invented: texts that are invented names. asked: the requests.
+    Attributes:
+        texts: what is read, each once.
+        tools: records of all tools.
+        tool_texts: for each tool and kind of text, the index of the text, or -1.
+        invented: texts that are invented names.
+        asked: the requests.
     """
 
     texts: list[Turn] = field(default_factory=list)

@@ -59,8 +59,10 @@ def read_features(
 class Space:
     """The leading directions of the activations in each slot, and all texts in their coordinates.
 
-    means: (groups, slots, intermediate size); a text's group is its own kind. basis: (slots, intermediate size, k).
-    coordinates: (texts, slots, k), float16, of normalised activations.
+    Attributes:
+        means: (groups, slots, intermediate size); a text's group is its own kind.
+        basis: (slots, intermediate size, k).
+        coordinates: (texts, slots, k), float16, of normalised activations.
     """
 
     means: Tensor

@@ -66,7 +66,8 @@ class Request:
 class CompiledLM:
     """A compiled graph.
 
-    updated: layers whose `down_proj` takes updates and gives its inputs.
+    Args:
+        updated: layers whose `down_proj` takes updates and gives its inputs.
     """
 
     def __init__(self, compiled: ov.CompiledModel, updated: Collection[int]) -> None:

@@ -23,7 +23,8 @@ _MOST_SLOTS = 4
 class Lease:
     """The use of an infer request, by the snapshots that lie in it and at most one cache that writes to it.
 
-    positions: of the token in each slot, shape (rows, slots).
+    Attributes:
+        positions: of the token in each slot, shape (rows, slots).
     """
 
     def __init__(self, compiled: CompiledLM, rows: int) -> None:
@@ -102,7 +103,9 @@ class HeldSnapshot(Snapshot):
 class StateCache:
     """Keys and values of `rows` sequences.
 
-    lengths: tokens of each row that count. valid: for each row and slot, whether its token counts, shape (rows, slots).
+    Attributes:
+        lengths: tokens of each row that count.
+        valid: for each row and slot, whether its token counts, shape (rows, slots).
 
     Not safe for use by two threads at once.
     """
