@@ -1,7 +1,7 @@
 """`loragen-agents specialize`: a registry file to LoRA weights that hold it, written for one of several runtimes."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loragen_agents.commands.options import (
     UNTRAINED,
@@ -10,6 +10,9 @@ from loragen_agents.commands.options import (
     load_registry,
     output_folder,
 )
+
+if TYPE_CHECKING:
+    from loragen_agents.specialization.specialize import Specialization
 
 NAME = "specialize"
 HELP = "turn a tool registry into LoRA weights and write them for peft, llama.cpp and Ollama, or merged"
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.specialization.exports import export
     from loragen_agents.specialization.specialize import specialize
-    from loragen_agents.support.console import print_json, say
+    from loragen_agents.support.console import print_json
     from loragen_agents.support.progress import shown, silent
 
     registry = load_registry(arguments.tools)
@@ -46,42 +49,55 @@ def run(arguments: argparse.Namespace) -> int:
         made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator, cache=False)
         progress("Writing", None)
         files = export(made, edge, arguments.out, arguments.format)
-    size = sum(path.stat().st_size for path in files)
-    report: dict[str, Any] = {
+    report = {
         "out": str(arguments.out),
         "format": arguments.format,
         "files": [path.name for path in files],
-        "tools": list(registry.names),
-        "input_format": registry.input_format,
-        "registry_fingerprint": registry.fingerprint,
-        "system_text": made.system_text,
-        "definition_tokens": made.definition_tokens,
+        **_figures(made),
         "edge": edge.name,
         "cloud": cloud.name,
         "generator": arguments.generator,
         "generator_fingerprint": generator.fingerprint,
-        "milliseconds": round(made.seconds * 1000, 1),
-        "matrices": len(made.weights.tensors),
-        "rank": max((a.shape[0] for a, _ in made.weights.tensors.values()), default=0),
-        "parameters": sum(a.numel() + b.numel() for a, b in made.weights.tensors.values()),
-        "bytes": size,
-        "untrained": made.weights_are_zero,
+        "bytes": sum(path.stat().st_size for path in files),
     }
     if arguments.json:
         print_json(report)
-        return 0
-    say(f"{report['out']}", style="bold")
-    shown_rows = [
-        ("tools", f"{len(registry)}: {', '.join(registry.names)}"),
-        ("definitions", f"{made.definition_tokens} tokens that prompts no longer hold"),
-        ("models", f"edge {edge.name}, cloud {cloud.name}, generator {arguments.generator}"),
+    else:
+        _show(report)
+    return 0
+
+
+def _figures(made: "Specialization") -> dict[str, Any]:
+    """What was specialised on, what it took, and the sizes of the weights."""
+    pairs = made.weights.tensors.values()
+    return {
+        "tools": list(made.registry.names),
+        "input_format": made.registry.input_format,
+        "registry_fingerprint": made.registry.fingerprint,
+        "system_text": made.system_text,
+        "definition_tokens": made.definition_tokens,
+        "milliseconds": round(made.seconds * 1000, 1),
+        "matrices": len(pairs),
+        "rank": max((a.shape[0] for a, _ in pairs), default=0),
+        "parameters": sum(a.numel() + b.numel() for a, b in pairs),
+        "untrained": made.weights_are_zero,
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    from loragen_agents.support.console import say
+
+    say(report["out"], style="bold")
+    rows = [
+        ("tools", f"{len(report['tools'])}: {', '.join(report['tools'])}"),
+        ("definitions", f"{report['definition_tokens']} tokens that prompts no longer hold"),
+        ("models", f"edge {report['edge']}, cloud {report['cloud']}, generator {report['generator']}"),
         ("time", f"{report['milliseconds']:.0f} ms to generate and merge"),
         ("weights", f"{report['matrices']} matrices, rank {report['rank']}, {report['parameters']:,} parameters"),
-        ("files", f"{', '.join(report['files'])} ({size / 1e6:.1f} MB)"),
-        ("use", _LOAD[arguments.format].format(out=str(arguments.out))),
+        ("files", f"{', '.join(report['files'])} ({report['bytes'] / 1e6:.1f} MB)"),
+        ("use", _LOAD[report["format"]].format(out=report["out"])),
     ]
-    for title, text in shown_rows:
+    for title, text in rows:
         say(f"  {title:<13}{text}")
-    if made.weights_are_zero:
+    if report["untrained"]:
         say(UNTRAINED, style="yellow")
-    return 0

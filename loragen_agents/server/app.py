@@ -52,6 +52,17 @@ def create_app(service: Service, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_error)
 
+    _add_figures(app, service)
+    _add_chat(app, service)
+    _add_specializations(app, service)
+    paths = (CHAT, SPECIALIZATIONS, MODELS, HEALTH, METRICS)
+    app.add_middleware(Guard, metrics=service.metrics, paths=paths, api_key=service.api_key, hosts=hosts)
+    return app
+
+
+def _add_figures(app: FastAPI, service: Service) -> None:
+    """The routes that say what is served and how it stands."""
+
     @app.get(HEALTH)
     async def health() -> Response:
         """Whether requests are answered."""
@@ -73,6 +84,8 @@ def create_app(service: Service, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
         service.check_name(name)
         return JSONResponse(_model(service))
 
+
+def _add_chat(app: FastAPI, service: Service) -> None:
     @app.post(CHAT)
     async def chat(request: Request) -> Response:
         """The next message of a conversation, as a whole or as a stream."""
@@ -89,6 +102,8 @@ def create_app(service: Service, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
         except Exception as error:
             raise _told(error) from error
 
+
+def _add_specializations(app: FastAPI, service: Service) -> None:
     @app.post(SPECIALIZATIONS)
     async def make_specialization(request: Request) -> Response:
         """The archive of a specialisation."""
@@ -112,10 +127,6 @@ def create_app(service: Service, hosts: frozenset[str] = LOOPBACK) -> FastAPI:
         if content is None:
             raise ApiError(404, f"there is no specialisation {key[:80]!r}; make it with POST", code="not_found")
         return _archive(key, content)
-
-    paths = (CHAT, SPECIALIZATIONS, MODELS, HEALTH, METRICS)
-    app.add_middleware(Guard, metrics=service.metrics, paths=paths, api_key=service.api_key, hosts=hosts)
-    return app
 
 
 async def _whole(request: Request, service: Service, job: Job, reply: Reply) -> Response:

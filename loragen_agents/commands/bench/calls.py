@@ -1,9 +1,15 @@
 """`loragen-agents bench calls`: tool calls, or the choice of a tool alone, on any registry and requests."""
 
 import argparse
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loragen_agents.commands.bench.shared import add_run_arguments, engine_of, run_task
+
+if TYPE_CHECKING:
+    from loragen_agents.bench.tasks import Task
+    from loragen_agents.data.records import DataSet
 
 NAME = "calls"
 HELP = "tool calls on any registry and requests (tools.jsonl, calls_*.jsonl)"
@@ -82,24 +88,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench import everyday_calls
-    from loragen_agents.bench.calls import application_task, calls_task, read_data, read_near_duplicates, registry_task
-    from loragen_agents.bench.registries import Draw
-    from loragen_agents.commands.options import load_registry
-    from loragen_agents.data.records import read_call_records
-    from loragen_agents.errors import DataError
+    from loragen_agents.bench.calls import read_data, read_near_duplicates
 
     files = [everyday_calls() if name == "everyday" else Path(name) for name in arguments.calls]
     if not all(name.endswith(".jsonl") for name in arguments.tools):
-        if len(arguments.tools) > 1:
-            raise DataError("--tools takes one registry, or any number of tools.jsonl files.")
-        (name,) = arguments.tools
-        calls = [record for file in files for record in read_call_records(file)]
-        fixed = registry_task(load_registry(name), calls, Path(name).stem, choice_only=arguments.choice_only)
-        return run_task(arguments, engine_of(arguments, "calls", _CALL_TOKENS), fixed)
+        task = _fixed_task(arguments, files)
+        return run_task(arguments, engine_of(arguments, "calls", _CALL_TOKENS), task)
+    # Files are read first, so that what is wrong in them is said before a model is loaded.
     data = read_data(map(Path, arguments.tools), files)
     groups = read_near_duplicates(arguments.near_duplicates) if arguments.near_duplicates else []
     engine = engine_of(arguments, "calls", _CALL_TOKENS)
     name_key = engine.first_token if arguments.names == "invented" else None
+    return run_task(arguments, engine, _drawn_task(arguments, data, groups, name_key))
+
+
+def _fixed_task(arguments: argparse.Namespace, files: list[Path]) -> "Task":
+    """All requests to one registry as it stands."""
+    from loragen_agents.bench.calls import registry_task
+    from loragen_agents.commands.options import load_registry
+    from loragen_agents.data.records import read_call_records
+    from loragen_agents.errors import DataError
+
+    if len(arguments.tools) > 1:
+        raise DataError("--tools takes one registry, or any number of tools.jsonl files.")
+    (name,) = arguments.tools
+    calls = [record for file in files for record in read_call_records(file)]
+    return registry_task(load_registry(name), calls, Path(name).stem, choice_only=arguments.choice_only)
+
+
+def _drawn_task(
+    arguments: argparse.Namespace,
+    data: "DataSet",
+    groups: list[list[str]],
+    name_key: Callable[[str], Hashable] | None,
+) -> "Task":
+    """Requests to registries that are drawn from the tools."""
+    from loragen_agents.bench.calls import application_task, calls_task
+    from loragen_agents.bench.registries import Draw
+    from loragen_agents.errors import DataError
+
     if arguments.registry != "drawn":
         draw = Draw(
             scheme=arguments.registry,
@@ -111,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
             names=arguments.names,
             input_format=arguments.input_format,
         )
-        task = application_task(
+        return application_task(
             data,
             draw,
             seed=arguments.seed,
@@ -119,10 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
             name_key=name_key,
             choice_only=arguments.choice_only,
         )
-        return run_task(arguments, engine, task)
     if arguments.steps != 1 or groups or arguments.per_registry:
         raise DataError("--steps, --near-duplicates and --per-registry need --registry whole, part or mixed.")
-    task = calls_task(
+    return calls_task(
         data.tools,
         data.calls,
         registry_size=arguments.size,
@@ -134,4 +160,3 @@ def run(arguments: argparse.Namespace) -> int:
         name_key=name_key,
         choice_only=arguments.choice_only,
     )
-    return run_task(arguments, engine, task)
