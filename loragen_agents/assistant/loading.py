@@ -39,18 +39,11 @@ def load_chat_model(choice: ModelChoice) -> BaseChatModel:
         ModelLoadError: a model can't be had. CheckpointError: the generator does not fit or is damaged.
     """
     from loragen_agents.chat.chat_models import LoRAGenChatModel
-    from loragen_agents.generator import LoRAGenerator
-    from loragen_agents.models.language_models import DEFAULT_MODEL, load_cloud_model, load_language_model
-    from loragen_agents.specialization.cloud import is_service
+    from loragen_agents.chat.loading import load_parts
     from loragen_agents.support.progress import silent
 
     places: dict[str, Any] = {"device": choice.device, "dtype": choice.dtype, "progress": silent}
-    edge = load_language_model(choice.edge or DEFAULT_MODEL, **places)
-    if is_service(choice.cloud):
-        return LoRAGenChatModel(model=edge, cloud=choice.cloud, max_tokens=MAX_TOKENS)
-    cloud = load_cloud_model(choice.cloud, edge, **places)
-    generator = LoRAGenerator.load(choice.generator, cloud=cloud, edge=edge)
-    return LoRAGenChatModel(model=edge, cloud=cloud, generator=generator, max_tokens=MAX_TOKENS)
+    return LoRAGenChatModel(**load_parts(choice.edge, choice.cloud, choice.generator, **places), max_tokens=MAX_TOKENS)
 
 
 def fetch_models(choice: ModelChoice) -> None:

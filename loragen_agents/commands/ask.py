@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_edge, load_models, load_registry
+from loragen_agents.commands.options import UNTRAINED, add_specialization_options, load_parts, load_registry
 
 NAME = "ask"
 HELP = "ask a model that is specialised on a tool registry, and show its step"
@@ -24,7 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from loragen_agents.chat.chat_models import LoRAGenChatModel
     from loragen_agents.chat.steps import StepOutcome
-    from loragen_agents.specialization.cloud import is_service
     from loragen_agents.support.console import print_json
     from loragen_agents.support.progress import shown, silent
 
@@ -35,11 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     chat.call_settings(**settings)  # a wrong option is named before anything is loaded
     messages = [SystemMessage(arguments.system), HumanMessage(arguments.request)]
     with shown(silent if arguments.json else None) as progress:
-        if is_service(arguments.cloud):
-            chat = chat.model_copy(update={"model": load_edge(arguments, progress), "cloud": arguments.cloud})
-        else:
-            edge, cloud, generator = load_models(arguments, progress)
-            chat = chat.model_copy(update={"model": edge, "cloud": cloud, "generator": generator})
+        chat = chat.model_copy(update=load_parts(arguments, progress))
         progress("Specialising and decoding", None)
         events = list(chat.steps(messages, **settings))
     outcome = events[-1]

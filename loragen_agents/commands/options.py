@@ -5,7 +5,7 @@ Imports nothing slow until the options are used.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loragen_agents.errors import RegistryError
 from loragen_agents.support.content import content_folder
@@ -16,14 +16,12 @@ UNTRAINED = (
 )
 
 if TYPE_CHECKING:
-    from loragen_agents.generator import LoRAGenerator
-    from loragen_agents.models.language_models import LanguageModel
     from loragen_agents.registry import ToolRegistry
     from loragen_agents.support.progress import Progress
 
 
 def add_specialization_options(parser: argparse.ArgumentParser) -> None:
-    """Add --tools, --system and what `load_models` reads."""
+    """Add --tools, --system and what `load_parts` reads."""
     parser.add_argument(
         "--tools", required=True, metavar="FILE", help="registry: a YAML file, or the name of a shipped one"
     )
@@ -72,29 +70,16 @@ def load_registry(given: str) -> "ToolRegistry":
     return ToolRegistry.from_yaml(path)
 
 
-def load_edge(arguments: argparse.Namespace, progress: "Progress | None") -> "LanguageModel":
-    """The edge LM that the options name.
+def load_parts(arguments: argparse.Namespace, progress: "Progress | None", *, service: bool = True) -> dict[str, Any]:
+    """The models and the generator that the options name; see `chat.loading.load_parts`."""
+    from loragen_agents.chat import loading
 
-    Raises:
-        ModelLoadError: it can't be had.
-    """
-    from loragen_agents.models.language_models import DEFAULT_MODEL, load_language_model
-
-    name = arguments.edge or DEFAULT_MODEL
-    return load_language_model(name, device=arguments.device, dtype=arguments.dtype, progress=progress)
-
-
-def load_models(
-    arguments: argparse.Namespace, progress: "Progress | None"
-) -> "tuple[LanguageModel, LanguageModel, LoRAGenerator]":
-    """The edge LM, the cloud LM and the generator that the options name.
-
-    Raises:
-        ModelLoadError: a model can't be had. CheckpointError: the generator does not fit or is damaged.
-    """
-    from loragen_agents.generator import LoRAGenerator
-    from loragen_agents.models.language_models import load_cloud_model
-
-    edge = load_edge(arguments, progress)
-    cloud = load_cloud_model(arguments.cloud, edge, device=arguments.device, dtype=arguments.dtype, progress=progress)
-    return edge, cloud, LoRAGenerator.load(arguments.generator, cloud=cloud, edge=edge)
+    return loading.load_parts(
+        arguments.edge,
+        arguments.cloud,
+        arguments.generator,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        service=service,
+        progress=progress,
+    )

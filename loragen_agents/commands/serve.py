@@ -82,12 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace, name: str) -> "LoRAGenChatModel":
     from loragen_agents.chat.chat_models import LoRAGenChatModel
-    from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
+    from loragen_agents.chat.loading import load_parts
     from loragen_agents.specialization.specialize import bound_specializations
 
     bound_specializations(arguments.max_registries, arguments.max_memory * 2**20)
-    places = {"device": arguments.device, "dtype": arguments.dtype}
-    edge = shared_language_model(name, **places)
-    cloud = edge if arguments.cloud is None else shared_language_model(arguments.cloud, **places)
-    generator = shared_generator(arguments.generator, cloud=cloud, edge=edge)
-    return LoRAGenChatModel(model=edge, cloud=cloud, generator=generator, max_tokens=arguments.max_tokens)
+    parts = load_parts(
+        name, arguments.cloud, arguments.generator, device=arguments.device, dtype=arguments.dtype, service=False
+    )
+    return LoRAGenChatModel(**parts, max_tokens=arguments.max_tokens)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from loragen_agents.commands.options import (
     UNTRAINED,
     add_specialization_options,
-    load_models,
+    load_parts,
     load_registry,
     output_folder,
 )
@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     registry = load_registry(arguments.tools)
     with shown(silent if arguments.json else None) as progress:
-        edge, cloud, generator = load_models(arguments, progress)
+        parts = load_parts(arguments, progress, service=False)
+        edge, cloud, generator = parts["model"], parts["cloud"], parts["generator"]
         progress("Specialising", None)
         # What this command reports is the work itself, so nothing comes from or goes to the cache.
         made = specialize(registry, arguments.system, edge=edge, cloud=cloud, generator=generator, cache=False)

@@ -96,6 +96,20 @@ def test_a_cache_that_can_not_be_written_is_a_warning(options, tmp_path, capsys,
         assert json.loads(said)["specialization"] == "generated"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["specialize", "--tools", "assistant", "--out", "adapter"],
+        ["serve", "--port", "0"],
+    ],
+)
+def test_a_service_is_no_language_model(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command, "--cloud", "http://127.0.0.1:1"]) == 1
+    assert "http://127.0.0.1:1 is the address of a service; expected a language model" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_specialize_says_what_it_did(options, tmp_path, capsys):
     assert cli.main(["specialize", *options, "--out", str(tmp_path / "adapter")]) == 0
     said = capsys.readouterr().out

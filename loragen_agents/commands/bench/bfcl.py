@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from loragen_agents.commands.bench.shared import INTERRUPTED, say_how_it_ended, show
-from loragen_agents.commands.options import output_folder
+from loragen_agents.commands.options import load_parts, output_folder
 
 NAME = "bfcl"
 HELP = "BFCL's single-turn Python categories through the chat model, scored by BFCL's own checker"
@@ -36,8 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
     from loragen_agents.bench.bfcl_package import CATEGORIES, load_checker, obtain, read_entries
     from loragen_agents.chat.chat_models import LoRAGenChatModel
     from loragen_agents.errors import DataError
-    from loragen_agents.models.language_models import DEFAULT_MODEL
-    from loragen_agents.specialization.shared_models import shared_generator, shared_language_model
     from loragen_agents.support.console import print_json
     from loragen_agents.support.progress import shown, silent
 
@@ -50,15 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     with shown(silent if arguments.json else None) as progress:
         folder = obtain(progress)
     entries = {name: read_entries(folder, name, arguments.limit) for name in names}
-    edge = shared_language_model(arguments.edge or DEFAULT_MODEL, device=arguments.device, dtype=arguments.dtype)
-    cloud = edge
-    if arguments.cloud:
-        cloud = shared_language_model(arguments.cloud, device=arguments.device, dtype=arguments.dtype)
-    generator = shared_generator(arguments.generator, cloud=cloud, edge=edge)
+    parts = load_parts(arguments, None, service=False)
+    edge, cloud, generator = parts["model"], parts["cloud"], parts["generator"]
     # Every row has tools of its own: kept, they would only push a user's own out of the cache.
-    model = LoRAGenChatModel(
-        model=edge, cloud=cloud, generator=generator, max_tokens=arguments.max_tokens, specialization_cache=False
-    )
+    model = LoRAGenChatModel(**parts, max_tokens=arguments.max_tokens, specialization_cache=False)
     settings = {
         "models": {
             "edge": {"name": edge.name, "fingerprint": edge.fingerprint},
