@@ -102,7 +102,7 @@ def test_the_pieces_of_a_stream_are_the_text_that_its_tokens_spell():
     for turns in (TURNS, again):
         stream = special.stream(turns, SHORT)
         assert "".join(stream) == stream.completion.text != ""
-        spelt = special.edge.tokenizer.decode(stream.completion.token_ids, skip_special_tokens=True)
+        spelt = str(special.edge.tokenizer.decode(list(stream.completion.token_ids), skip_special_tokens=True))
         assert stream.completion.text == spelt.removesuffix("\nObservation:")
 
 
