@@ -85,18 +85,18 @@ def describe(step: Any) -> dict[str, Any]:
 def _show(report: dict[str, Any]) -> None:
     import json
 
-    from loragen_agents.conversation.prompts import THOUGHT_QUESTION
+    from loragen_agents.conversation.react import ACTION, ACTION_INPUT, ANSWER, NO_TOOL, THOUGHT_QUESTION, USE_TOOL
     from loragen_agents.support.console import say
 
     step = report["step"]
     if step["kind"] == "tool":
-        say(f"{THOUGHT_QUESTION} Yes")
-        say(f"Action: {step['action']}", style="bold cyan")
-        say(f"Action Input: {step['action_input']}", style="cyan")
+        say(f"{THOUGHT_QUESTION}{USE_TOOL}")
+        say(f"{ACTION.strip()} {step['action']}", style="bold cyan")
+        say(f"{ACTION_INPUT.strip()} {step['action_input']}", style="cyan")
         say(f"Arguments: {json.dumps(step['arguments'], ensure_ascii=False)}")
     elif step["kind"] == "answer":
-        say(f"{THOUGHT_QUESTION} No")
-        say(f"AI: {step['answer']}", style="bold green")
+        say(f"{THOUGHT_QUESTION}{NO_TOOL}")
+        say(f"{ANSWER.strip()} {step['answer']}", style="bold green")
     else:
         say(f"The step can't be read: {step['error']}", style="bold red")
         say(step["text"])

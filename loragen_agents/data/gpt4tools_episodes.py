@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loragen_agents.conversation.prompts import TakenStep, Turn
-from loragen_agents.conversation.react import Answer, bind_arguments, format_action_input, parse_step
+from loragen_agents.conversation.react import THOUGHT_QUESTION, Answer, bind_arguments, format_action_input, parse_step
 from loragen_agents.data import augmentation as augment
 from loragen_agents.data.episodes import Episode, GoldCall, Sample, SampleKind
 from loragen_agents.data.gpt4tools_files import GPT4ToolsSample, read_gpt4tools
@@ -118,7 +118,7 @@ def _samples(row: GPT4ToolsSample) -> list[Sample]:
         kind: SampleKind = "next_call" if last.steps else "call"
         found.append(Sample((*earlier, last), GoldCall(tool.name, arguments), kind, SOURCE, tool.name))
         last = replace(last, steps=(*last.steps, TakenStep(tool.name, written, step.observation)))
-    tail = row.output.rpartition("Thought: Do I need to use a tool?")[2]
+    tail = row.output.rpartition(THOUGHT_QUESTION)[2]
     answer = parse_step(tail.strip("\n").rstrip(), row.registry)
     if isinstance(answer, Answer) and all(step.action in row.registry for step in last.steps):
         found.append(Sample((*earlier, last), answer.text, "final_answer" if last.steps else "chat", SOURCE))

@@ -190,7 +190,7 @@ class _Builder:
             sample_id = f"{self.part}/{index}/done/{number}"
             values = self._values(sample_id, tool, index * 7 + number * 11)
             asks = self._held(tool["ask"])
-            values["r"] = self._observation(sample_id, name, tool, values)
+            values["r"] = self._observation(sample_id, tool, values)
             yield MiniSample(
                 sample_id,
                 "finished",
@@ -248,7 +248,7 @@ class _Builder:
                 values[slot] = self.words[slot][count % len(self.words[slot])]
         return values
 
-    def _observation(self, sample_id: str, name: str, tool: dict[str, Any], values: dict[str, str]) -> str:
+    def _observation(self, sample_id: str, tool: dict[str, Any], values: dict[str, str]) -> str:
         if tool["gives"] == "model":
             return _model_path(sample_id)
         if tool["gives"] in ("image", "photo"):
