@@ -36,7 +36,8 @@ def load_chat_model(choice: ModelChoice) -> BaseChatModel:
     """The chat model of a choice.
 
     Raises:
-        ModelLoadError: a model can't be had. CheckpointError: the generator does not fit or is damaged.
+        ModelLoadError: a model can't be had.
+        CheckpointError: the generator does not fit or is damaged.
     """
     from loragen_agents.chat.chat_models import LoRAGenChatModel
     from loragen_agents.chat.loading import load_parts

@@ -74,7 +74,8 @@ class Sessions:
         """Keep a conversation under a name.
 
         Raises:
-            DataError: the name is no plain file name. OSError: the folder can't be written.
+            DataError: the name is no plain file name.
+            OSError: the folder can't be written.
         """
         session = Session(self._named(name), system, list(turns))
         session.save()

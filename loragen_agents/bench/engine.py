@@ -156,7 +156,8 @@ class ModelEngine:
         max_tokens: bound on the text of one step.
 
     Raises:
-        ModelLoadError: a model can't be loaded. DataError: `weights` can't be read.
+        ModelLoadError: a model can't be loaded.
+        DataError: `weights` can't be read.
     """
 
     def __init__(

@@ -106,7 +106,8 @@ class Decoder:
             grammar, updates: one for all prompts, or one for each.
 
         Raises:
-            ValueError: another number of grammars or updates than of prompts. PromptError, GrammarError: as `stream`.
+            ValueError: another number of grammars or updates than of prompts.
+            PromptError, GrammarError: as `stream`.
         """
         sampling = sampling or Sampling()
         grammars = [grammar] * len(prompts) if grammar is None or isinstance(grammar, ToolGrammar) else list(grammar)

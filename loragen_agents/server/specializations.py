@@ -72,7 +72,8 @@ def make_archive(model: LoRAGenChatModel, request: SpecializationRequest, cancel
 
     Raises:
         ApiError: the client's edge LM is another one (409).
-        RegistryError: a tool can't be used. GrammarError: its schema can't be turned into a grammar.
+        RegistryError: a tool can't be used.
+        GrammarError: its schema can't be turned into a grammar.
     """
     edge, generator = model.model, model.generator
     cloud = edge if model.cloud is None else model.cloud

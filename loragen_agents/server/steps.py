@@ -80,8 +80,9 @@ def run_request(model: LoRAGenChatModel, request: ChatRequest, cancel: threading
 
     Raises:
         ApiError: the model wrote what is neither a call nor an answer.
-        PromptError: the messages can't be read. RegistryError: a tool can't be used. GrammarError: its schema can't be
-            turned into a grammar.
+        PromptError: the messages can't be read.
+        RegistryError: a tool can't be used.
+        GrammarError: its schema can't be turned into a grammar.
     """
     wanted = request.response_format
     shaped = wanted is not None and wanted.type != "text"

@@ -37,7 +37,8 @@ def load_generator(recipe: HeadRunRecipe) -> LoRAGenerator:
     """The generator that gets the head, with its models.
 
     Raises:
-        ModelLoadError: a model can't be had. CheckpointError: the generator is damaged or for another model.
+        ModelLoadError: a model can't be had.
+        CheckpointError: the generator is damaged or for another model.
     """
     edge = load_language_model(recipe.edge, dtype=recipe.dtype)
     cloud = load_cloud_model(recipe.cloud, edge, dtype=recipe.dtype)
