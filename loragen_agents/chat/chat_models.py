@@ -134,14 +134,14 @@ class LoRAGenChatModel(ChatModelFields):
         """A model specialised on `tools`, in the place of those of the constructor.
 
         Args:
-            tools: Any form that `ToolRegistry.from_tools` takes; two equal definitions count once.
+            tools: any form that `ToolRegistry.from_tools` takes; two equal definitions count once.
             tool_choice: "auto", "any" (also "required" and True), "none" (also False), a tool's name, or OpenAI's dict.
-            kwargs: Bound along with the tools, for instance `temperature`; `strict` and `parallel_tool_calls` change
+            kwargs: bound along with the tools, for instance `temperature`; `strict` and `parallel_tool_calls` change
                 nothing, as calls are always held to their schema and come one at a time.
 
         Raises:
-            RegistryError: A tool that can't be used, by name.
-            GrammarError: A tool that no call can be right for, by name, where the grammar is on.
+            RegistryError: a tool that can't be used, by name.
+            GrammarError: a tool that no call can be right for, by name, where the grammar is on.
             PromptError: `tool_choice` names no tool of these.
         """
         definitions = openai_dicts(tools)
@@ -167,15 +167,15 @@ class LoRAGenChatModel(ChatModelFields):
         cut it off.
 
         Args:
-            schema: A pydantic class (the result is an instance), a TypedDict, a JSON Schema or an OpenAI tool (a dict).
-            include_raw: Give `{"raw": message, "parsed": object or None, "parsing_error": exception or None}`.
-            method: Taken for LangChain's sake; the way is the same for all.
-            strict: Taken for LangChain's sake; the object always fits the schema.
-            kwargs: Bound along, for instance `temperature`.
+            schema: a pydantic class (the result is an instance), a TypedDict, a JSON Schema or an OpenAI tool (a dict).
+            include_raw: give `{"raw": message, "parsed": object or None, "parsing_error": exception or None}`.
+            method: taken for LangChain's sake; the way is the same for all.
+            strict: taken for LangChain's sake; the object always fits the schema.
+            kwargs: bound along, for instance `temperature`.
 
         Raises:
             RegistryError: LangChain can't read the schema as a tool.
-            ValueError: There is no such method.
+            ValueError: there is no such method.
         """
         if method not in ("json_schema", "function_calling", "json_mode"):
             raise ValueError(f"unknown method {method!r}: expected json_schema, function_calling or json_mode")
@@ -288,19 +288,19 @@ class LoRAGenChatModel(ChatModelFields):
         Closing the iterator stops the decoding.
 
         Args:
-            messages: The conversation.
-            stop: Texts that end an answer; by default the field's.
-            cancel: Set it, from any thread, to stop before the next token; the outcome then has what was written.
-            kwargs: Settings of this call in the place of the fields, as `bind` takes them.
+            messages: the conversation.
+            stop: texts that end an answer; by default the field's.
+            cancel: set it, from any thread, to stop before the next token; the outcome then has what was written.
+            kwargs: settings of this call in the place of the fields, as `bind` takes them.
 
         Yields:
             What has become certain (`ActionKnown` and `InputDelta` of a call, `AnswerDelta` of an answer), then the
             outcome. A call of which parts were given may still turn out invalid in the outcome.
 
         Raises:
-            PromptError: The messages or a setting can't be used.
-            RegistryError: A tool that can't be used.
-            GrammarError: The tools or the tool choice can't be turned into a grammar.
+            PromptError: the messages or a setting can't be used.
+            RegistryError: a tool that can't be used.
+            GrammarError: the tools or the tool choice can't be turned into a grammar.
         """
         started = time.perf_counter()
         call = self.call_settings(stop, **kwargs)
@@ -317,13 +317,13 @@ class LoRAGenChatModel(ChatModelFields):
         """What a call goes by: the fields, or the arguments of the call in their place. Loads nothing.
 
         Args:
-            stop: Texts that end an answer; by default the field's.
-            kwargs: Settings of the call, as `bind` takes them.
+            stop: texts that end an answer; by default the field's.
+            kwargs: settings of the call, as `bind` takes them.
 
         Raises:
-            PromptError: A setting can't be used.
-            RegistryError: A tool that can't be used.
-            GrammarError: A tool that no call can be right for, where the grammar is on.
+            PromptError: a setting can't be used.
+            RegistryError: a tool that can't be used.
+            GrammarError: a tool that no call can be right for, where the grammar is on.
         """
         fields = {name: getattr(self, name) for name in SETTINGS}
         return read_settings(fields, kwargs, self.stop if stop is None else stop, self.input_format)

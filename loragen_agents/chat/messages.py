@@ -48,9 +48,9 @@ class Conversation:
     """What a list of messages says.
 
     Attributes:
-        system_text: All system messages, in order, a blank line between them; "" without any.
-        turns: The last one is open (its `answer` is None): the model's next step continues it.
-        left_out: A phrase for each thing that the prompt has no place for (an AI message's reasoning, its words beside
+        system_text: all system messages, in order, a blank line between them; "" without any.
+        turns: the last one is open (its `answer` is None): the model's next step continues it.
+        left_out: a phrase for each thing that the prompt has no place for (an AI message's reasoning, its words beside
             a tool call).
     """
 
@@ -69,7 +69,7 @@ def read_conversation(messages: Sequence[BaseMessage], registry: ToolRegistry) -
     as JSON.
 
     Raises:
-        PromptError: No message to answer, a message of an unknown kind, content that is not text, a tool call without
+        PromptError: no message to answer, a message of an unknown kind, content that is not text, a tool call without
             its tool message or the other way round, or one whose arguments JSON can't hold.
     """
     reader = _Reader(registry)

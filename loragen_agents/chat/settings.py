@@ -26,13 +26,13 @@ class CallSettings:
     """The settings of one call.
 
     Args:
-        model: The edge LM or its name.
-        registry: The tools.
+        model: the edge LM or its name.
+        registry: the tools.
         tool_choice: "auto", "any", "none" or a tool's name.
-        grammar: Whether decoding is held to the registry's grammar.
-        score_tools: Whether the tool is chosen by the scores of all of them.
-        sampling: How tokens are chosen.
-        stop: Texts that end an answer.
+        grammar: whether decoding is held to the registry's grammar.
+        score_tools: whether the tool is chosen by the scores of all of them.
+        sampling: how tokens are chosen.
+        stop: texts that end an answer.
     """
 
     model: Any
@@ -50,16 +50,16 @@ def read_settings(
     """The settings of a call.
 
     Args:
-        fields: A value for each of `SETTINGS`.
-        arguments: Those of the call, which take the place of fields; None counts as not given.
-        stop: Texts that end an answer.
-        input_format: How the tools' inputs are written.
+        fields: a value for each of `SETTINGS`.
+        arguments: those of the call, which take the place of fields; None counts as not given.
+        stop: texts that end an answer.
+        input_format: how the tools' inputs are written.
 
     Raises:
-        PromptError: An argument that the model does not know, one of the wrong kind or outside its range, or a tool
+        PromptError: an argument that the model does not know, one of the wrong kind or outside its range, or a tool
             choice that the tools do not allow.
-        RegistryError: A tool that can't be used.
-        GrammarError: A tool that no call can be right for, where the grammar is on.
+        RegistryError: a tool that can't be used.
+        GrammarError: a tool that no call can be right for, where the grammar is on.
     """
     unknown = sorted(arguments.keys() - {*SETTINGS, *_TOLERATED})
     if unknown:
@@ -103,7 +103,7 @@ def read_registry(tools: Any, input_format: InputFormat) -> ToolRegistry:
     """The registry of `tools`, which are OpenAI dicts or any other form that `ToolRegistry.from_tools` takes.
 
     Raises:
-        RegistryError: A tool that can't be used.
+        RegistryError: a tool that can't be used.
     """
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         with suppress(TypeError, ValueError):  # what JSON can't hold is named below
@@ -121,7 +121,7 @@ def openai_dicts(tools: Any) -> list[dict[str, Any]]:
     """Tools of any make as OpenAI dicts; of definitions that are equal but for their titles, the first.
 
     Raises:
-        RegistryError: A tool that can't be used, or two different ones of one name.
+        RegistryError: a tool that can't be used, or two different ones of one name.
     """
     if tools is None:
         return []
@@ -152,11 +152,11 @@ def read_tool_choice(choice: Any, names: Sequence[str] | None) -> str:
     """LangChain's and OpenAI's ways to choose, as "auto", "any", "none" or a tool's name.
 
     Args:
-        choice: A name or word, True ("any"), False ("none"), None ("auto"), or a dict as OpenAI or Anthropic has it.
-        names: The tools there are; None where that is not known yet.
+        choice: a name or word, True ("any"), False ("none"), None ("auto"), or a dict as OpenAI or Anthropic has it.
+        names: the tools there are; None where that is not known yet.
 
     Raises:
-        PromptError: The choice is none of these, or a name that is not in `names`.
+        PromptError: the choice is none of these, or a name that is not in `names`.
     """
     given = choice
     if isinstance(choice, Mapping):

@@ -24,9 +24,9 @@ class StepOutcome:
     """How a step ended.
 
     Attributes:
-        step: What the model said.
-        metadata: Figures of the way there, for `response_metadata`.
-        usage: Its tokens.
+        step: what the model said.
+        metadata: figures of the way there, for `response_metadata`.
+        usage: its tokens.
     """
 
     step: Step
@@ -45,19 +45,19 @@ def decode_step(
     """Decode the next step of a conversation. Closing the generator stops the decoding.
 
     Args:
-        call: Its settings.
-        conversation: What the messages said.
-        specialization: The model, specialised on the call's tools.
-        names: First entries of the metadata: what the models are called.
-        cancel: Set it, from any thread, to stop before the next token; the outcome then has what was written.
-        started: When the call began, by `time.perf_counter`; by default now.
+        call: its settings.
+        conversation: what the messages said.
+        specialization: the model, specialised on the call's tools.
+        names: first entries of the metadata: what the models are called.
+        cancel: set it, from any thread, to stop before the next token; the outcome then has what was written.
+        started: when the call began, by `time.perf_counter`; by default now.
 
     Yields:
         What has become certain, then the outcome. A call of which parts were given may still be invalid in the outcome.
 
     Raises:
-        PromptError: The conversation is too long for the model.
-        GrammarError: The tools or the tool choice can't be turned into a grammar.
+        PromptError: the conversation is too long for the model.
+        GrammarError: the tools or the tool choice can't be turned into a grammar.
     """
     begun = time.perf_counter()
     started = begun if started is None else started

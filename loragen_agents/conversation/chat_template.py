@@ -20,10 +20,10 @@ class TurnMarkers:
     """The control text around turns.
 
     Attributes:
-        bos: Before the first turn.
-        user_open: Before a request.
-        user_close: Behind a request; includes the opening of the assistant's turn.
-        assistant_close: Behind an answer.
+        bos: before the first turn.
+        user_open: before a request.
+        user_close: behind a request; includes the opening of the assistant's turn.
+        assistant_close: behind an answer.
     """
 
     bos: str
@@ -36,11 +36,11 @@ def turn_markers(tokenizer: Any, live: Tokenizer) -> TurnMarkers:
     """The markers of a tokenizer's chat template; plain lines (`Human: ...`) where it has none.
 
     Args:
-        tokenizer: A fast Hugging Face tokenizer.
-        live: Its backend with control tokens live.
+        tokenizer: a fast Hugging Face tokenizer.
+        live: its backend with control tokens live.
 
     Raises:
-        PromptError: The template refuses a conversation, or doesn't show where turns begin and end.
+        PromptError: the template refuses a conversation, or doesn't show where turns begin and end.
     """
     return _template_markers(tokenizer, live) if tokenizer.chat_template else _plain_markers(tokenizer)
 

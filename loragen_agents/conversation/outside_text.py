@@ -30,8 +30,8 @@ def quote_steps(text: str, *, at_line_start: bool = False) -> str:
     Case, spaces, invisible characters and compatibility forms (such as full-width letters) make no difference.
 
     Args:
-        text: Text from outside.
-        at_line_start: Whether the prompt has a line break before `text`, so that its first line counts too.
+        text: text from outside.
+        at_line_start: whether the prompt has a line break before `text`, so that its first line counts too.
 
     Returns:
         `text` itself where no line begins like a step.

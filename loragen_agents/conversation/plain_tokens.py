@@ -22,7 +22,7 @@ def live_backend(tokenizer: Any) -> Tokenizer:
     """A copy of the tokenizer's fast backend that reads control tokens as such, without padding and truncation.
 
     Raises:
-        PromptError: The tokenizer has no fast backend.
+        PromptError: the tokenizer has no fast backend.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -40,12 +40,12 @@ class PlainTokenizer:
     """Tokenises text from outside. Works on a copy of the backend, whose settings nobody else can change.
 
     Attributes:
-        control: Id and spelling of every token that controls the chat.
+        control: id and spelling of every token that controls the chat.
 
     Args:
-        tokenizer: A fast Hugging Face tokenizer.
-        live: Its backend, as `live_backend` gives it.
-        marker_ids: Tokens of the markers around turns; added tokens among them count as control tokens.
+        tokenizer: a fast Hugging Face tokenizer.
+        live: its backend, as `live_backend` gives it.
+        marker_ids: tokens of the markers around turns; added tokens among them count as control tokens.
     """
 
     def __init__(self, tokenizer: Any, live: Tokenizer, marker_ids: Iterable[int]) -> None:
@@ -71,7 +71,7 @@ class PlainTokenizer:
         Lone surrogates, which no tokenizer takes, become U+FFFD.
 
         Raises:
-            PromptError: A control token is a single character, which can't be split.
+            PromptError: a control token is a single character, which can't be split.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = []

@@ -38,14 +38,14 @@ class PromptRenderer:
     """Renders prompts for one tokenizer. Safe to use from several threads.
 
     Attributes:
-        markers: The control text around turns.
+        markers: the control text around turns.
 
     Args:
-        tokenizer: A fast Hugging Face tokenizer.
-        prompts_folder: Folder with definitions.jinja, user_turn.jinja and react.jinja; by default the package's own.
+        tokenizer: a fast Hugging Face tokenizer.
+        prompts_folder: folder with definitions.jinja, user_turn.jinja and react.jinja; by default the package's own.
 
     Raises:
-        PromptError: The tokenizer has no fast backend, its chat template doesn't show where turns begin and end, or a
+        PromptError: the tokenizer has no fast backend, its chat template doesn't show where turns begin and end, or a
             prompt template is missing or damaged.
     """
 
@@ -78,7 +78,7 @@ class PromptRenderer:
         """Token ids of the edge prompt: the user's turns alone, ending in `THOUGHT_QUESTION`.
 
         Raises:
-            PromptError: No turn, an earlier turn without an answer, or a last one with an answer.
+            PromptError: no turn, an earlier turn without an answer, or a last one with an answer.
         """
         return self._encode(self._user_turn_pieces(turns))
 
@@ -96,7 +96,7 @@ class PromptRenderer:
         Of earlier turns only request and answer are shown, as in GPT4Tools.
 
         Raises:
-            PromptError: As `user_turn`.
+            PromptError: as `user_turn`.
         """
         return self._encode(self._react_pieces(registry, turns, system_text))
 

@@ -144,9 +144,9 @@ def parse_step(generated: str, registry: ToolRegistry, *, cut_off: bool = False)
     """Read what a model wrote after `THOUGHT_QUESTION`. Never raises.
 
     Args:
-        generated: The model's text.
-        registry: The tools that may be called.
-        cut_off: Whether generation ran out of tokens. A csv input without `Observation:` behind it may then lack its
+        generated: the model's text.
+        registry: the tools that may be called.
+        cut_off: whether generation ran out of tokens. A csv input without `Observation:` behind it may then lack its
             end, which the text doesn't show, so it is invalid.
     """
     head = _TOOL_HEAD.match(generated)

@@ -15,7 +15,7 @@ def shared_renderer(tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
     """The renderer of the package's own prompts for a tokenizer, made once (it copies the whole vocabulary) and kept.
 
     Raises:
-        PromptError: See `PromptRenderer`.
+        PromptError: see `PromptRenderer`.
     """
     with _renderers_lock:
         if tokenizer not in _renderers:

@@ -7,9 +7,9 @@ def cut_at_first(text: str, stops: Sequence[str], start: int = 0) -> tuple[str, 
     """`text` up to the first of `stops`, and whether there was one.
 
     Args:
-        text: The text so far.
-        stops: Texts at which it ends, none of them empty.
-        start: Where in `text` the search begins.
+        text: the text so far.
+        stops: texts at which it ends, none of them empty.
+        start: where in `text` the search begins.
     """
     places = [place for place in (text.find(stop, start) for stop in stops) if place >= 0]
     return (text[: min(places)], True) if places else (text, False)

@@ -37,10 +37,10 @@ class Templates:
     """The templates of one folder, all of which have to be there.
 
     Args:
-        folder: Has definitions.jinja, user_turn.jinja and react.jinja.
+        folder: has definitions.jinja, user_turn.jinja and react.jinja.
 
     Raises:
-        PromptError: A template is missing or damaged.
+        PromptError: a template is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +59,7 @@ class Templates:
         """The text of a template.
 
         Raises:
-            PromptError: It can't be rendered, for instance because it asks for a field that is not given.
+            PromptError: it can't be rendered, for instance because it asks for a field that is not given.
         """
         try:
             return self._template(name).render(**fields)

@@ -39,13 +39,13 @@ class ToolGrammar:
     the parser to find. In csv inputs only a text that comes last can have commas.
 
     Args:
-        registry: Names and argument schemas; its `input_format` says how an input is written.
-        tokenizer: A fast Hugging Face tokenizer. Tokens that control the chat can't occur inside the text; where their
+        registry: names and argument schemas; its `input_format` says how an input is written.
+        tokenizer: a fast Hugging Face tokenizer. Tokens that control the chat can't occur inside the text; where their
             spelling belongs to a name or a constant, it is written in plain tokens.
         tool_choice: "auto" (a call or an answer), "any" (a call), "none" (an answer) or the name of the tool to call.
 
     Raises:
-        GrammarError: An unknown tool choice, a call asked of an empty registry, or a tool that no call can be right
+        GrammarError: an unknown tool choice, a call asked of an empty registry, or a tool that no call can be right
             for, named with its argument.
     """
 
@@ -66,8 +66,8 @@ class ToolGrammar:
         """A fresh state for one sequence.
 
         Args:
-            vocabulary_size: Width of the model's logits; by default the tokenizer's number of tokens.
-            stop_token_ids: Tokens that end an answer; by default the tokenizer's eos token.
+            vocabulary_size: width of the model's logits; by default the tokenizer's number of tokens.
+            stop_token_ids: tokens that end an answer; by default the tokenizer's eos token.
 
         Raises:
             GrammarError: llguidance can't build the grammar, or the tokenizer is not a fast one.
@@ -92,7 +92,7 @@ class GrammarMatcher:
     Args:
         matcher: llguidance's own state.
         tokenizer: llguidance's view of the tokenizer.
-        plain_tokens: Splits text into tokens none of which controls the chat.
+        plain_tokens: splits text into tokens none of which controls the chat.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class GrammarMatcher:
         """Set the logits of all tokens that can't follow to minus infinity, in place.
 
         Args:
-            logits: Shape (vocabulary,), of any float dtype, on any device.
+            logits: shape (vocabulary,), of any float dtype, on any device.
 
         Raises:
-            GrammarError: The grammar became too complex for llguidance's limits.
+            GrammarError: the grammar became too complex for llguidance's limits.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -149,7 +149,7 @@ class GrammarMatcher:
         """Move past these tokens.
 
         Raises:
-            GrammarError: The grammar does not allow them here.
+            GrammarError: the grammar does not allow them here.
         """
         tokens = list(token_ids)
         if not self._matcher.consume_tokens(tokens):
@@ -174,12 +174,12 @@ def llguidance_tokenizer(
     """llguidance's view of a tokenizer, built once for each (it takes about a second) and kept while the tokenizer is.
 
     Args:
-        tokenizer: The tokenizer, which has to be a fast one.
-        vocabulary_size: Width of the model's logits.
-        stop_token_ids: Tokens that end a text, in ascending order.
+        tokenizer: the tokenizer, which has to be a fast one.
+        vocabulary_size: width of the model's logits.
+        stop_token_ids: tokens that end a text, in ascending order.
 
     Raises:
-        GrammarError: The tokenizer is not a fast one.
+        GrammarError: the tokenizer is not a fast one.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise GrammarError(

@@ -32,11 +32,11 @@ def grammar_source(registry: ToolRegistry, tool_choice: ToolChoice) -> str:
     """The grammar of one step in Lark; kept, since every tool's rules are compiled once to be checked.
 
     Args:
-        registry: The tools, and the notation of their inputs.
+        registry: the tools, and the notation of their inputs.
         tool_choice: "auto" (a call or an answer), "any" (a call), "none" (an answer) or the name of the tool to call.
 
     Raises:
-        GrammarError: An unknown tool choice, a call asked of an empty registry, or a tool that no call can be right
+        GrammarError: an unknown tool choice, a call asked of an empty registry, or a tool that no call can be right
             for, named with its argument.
     """
     tools = _chosen(registry, tool_choice)

@@ -47,10 +47,10 @@ def held_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     can't be held at all is held to its JSON types.
 
     Args:
-        parameters: The tool's JSON Schema, as in `Tool.parameters`.
+        parameters: the tool's JSON Schema, as in `Tool.parameters`.
 
     Raises:
-        SchemaError: No value is right for an argument that every call must give, or llguidance can't take the schema
+        SchemaError: no value is right for an argument that every call must give, or llguidance can't take the schema
             for a reason that lies in no single argument.
     """
     held: dict[str, Any] = _held(parameters)
@@ -87,8 +87,8 @@ def _held(schema: Any, *, combined: bool = False) -> Any:
     """`schema` without what llguidance can't take, its objects closed.
 
     Args:
-        schema: Any JSON Schema.
-        combined: The schema is one of several that speak of the same object, none of which lists all its properties.
+        schema: any JSON Schema.
+        combined: the schema is one of several that speak of the same object, none of which lists all its properties.
     """
     if not isinstance(schema, Mapping):
         return schema

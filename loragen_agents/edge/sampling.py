@@ -16,15 +16,15 @@ class Sampling:
     """How tokens are chosen, and when to stop.
 
     Args:
-        max_tokens: Most tokens to generate, forced ones included.
+        max_tokens: most tokens to generate, forced ones included.
         temperature: 0 takes the likeliest token.
-        top_p: Sample from the fewest tokens that hold this probability; 1.0 is all.
-        top_k: Sample from at most so many tokens; 0 is all.
-        seed: Makes sampling reproducible; each sequence of a batch then draws as if it were alone.
-        stop: Texts at which generation ends; they are not part of the result.
+        top_p: sample from the fewest tokens that hold this probability; 1.0 is all.
+        top_k: sample from at most so many tokens; 0 is all.
+        seed: makes sampling reproducible; each sequence of a batch then draws as if it were alone.
+        stop: texts at which generation ends; they are not part of the result.
 
     Raises:
-        ValueError: A value of the wrong kind or outside its range.
+        ValueError: a value of the wrong kind or outside its range.
     """
 
     max_tokens: int = 256

@@ -30,12 +30,12 @@ def bind_arguments(tool: Tool, action_input: str, input_format: InputFormat) -> 
     left out get no defaults; the tool has its own.
 
     Args:
-        tool: The tool that is called.
-        action_input: What the model wrote behind `Action Input:`.
-        input_format: The notation, "csv" or "json".
+        tool: the tool that is called.
+        action_input: what the model wrote behind `Action Input:`.
+        input_format: the notation, "csv" or "json".
 
     Raises:
-        ArgumentError: What does not fit, by tool and argument.
+        ArgumentError: what does not fit, by tool and argument.
     """
     text = action_input.strip()
     arguments = _read_csv(tool, text) if input_format == "csv" else _read_json(tool, text)
@@ -51,7 +51,7 @@ def format_action_input(tool: Tool, arguments: Mapping[str, Any], input_format: 
     """Write `arguments` as the Action Input that `bind_arguments` reads back as the same values.
 
     Raises:
-        ArgumentError: The arguments don't fit the schema, or the notation can't express them.
+        ArgumentError: the arguments don't fit the schema, or the notation can't express them.
     """
     if input_format == "csv":
         text = _write_csv(tool, arguments)

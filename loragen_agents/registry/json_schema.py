@@ -31,7 +31,7 @@ def check(schema: Mapping[str, Any]) -> None:
     """Check the JSON Schema of an object (draft 2020-12 unless it names another in `$schema`), patterns included.
 
     Raises:
-        SchemaError: It is not valid; where, and what was expected.
+        SchemaError: it is not valid; where, and what was expected.
     """
     dialect = schema.get("$schema")
     properties = schema.get("properties")
@@ -75,7 +75,7 @@ def resolve(reference: str, root: Mapping[str, Any]) -> Any:
     """Follow a local reference (`#`, `#/$defs/Name`, any JSON pointer) inside `root`.
 
     Raises:
-        SchemaError: The reference points outside the schema or at nothing.
+        SchemaError: the reference points outside the schema or at nothing.
     """
     if not reference.startswith("#") or (len(reference) > 1 and reference[1] != "/"):
         raise SchemaError(f"refers to {reference!r}; only references within it, such as '#/$defs/Name', are read")
@@ -98,7 +98,7 @@ def inline_references(schema: Mapping[str, Any]) -> dict[str, Any]:
     definitions. So the top of every property is always a plain schema.
 
     Raises:
-        SchemaError: A reference that leads nowhere, or a schema that unfolds past `MAX_NODES` nodes.
+        SchemaError: a reference that leads nowhere, or a schema that unfolds past `MAX_NODES` nodes.
     """
     nodes = 0
     kept = False
@@ -195,7 +195,7 @@ def types_of_value(value: Any) -> frozenset[str]:
     """Return the JSON types that `value` counts as; an integer is a number too.
 
     Raises:
-        SchemaError: A value that JSON has no type for.
+        SchemaError: a value that JSON has no type for.
     """
     if value is None:
         return frozenset({"null"})

@@ -31,11 +31,11 @@ class ToolRegistry:
     An empty registry stands for a model that only answers.
 
     Args:
-        tools: The tools, in the order in which prompts list them.
+        tools: the tools, in the order in which prompts list them.
         input_format: "json" (an object on one line) or "csv" (values in schema order, as in GPT4Tools).
 
     Raises:
-        RegistryError: Two tools of one name, or one whose arguments csv can't write.
+        RegistryError: two tools of one name, or one whose arguments csv can't write.
     """
 
     def __init__(self, tools: Iterable[Tool], *, input_format: InputFormat = "json") -> None:
@@ -123,11 +123,11 @@ class ToolRegistry:
         them.
 
         Args:
-            tools: The tools, in any of these forms.
-            input_format: How their inputs are written, "json" or "csv".
+            tools: the tools, in any of these forms.
+            input_format: how their inputs are written, "json" or "csv".
 
         Raises:
-            RegistryError: A tool that can't be read or used, by name.
+            RegistryError: a tool that can't be read or used, by name.
         """
         return cls([_read_tool(tool) for tool in tools], input_format=input_format)
 
@@ -140,12 +140,12 @@ class ToolRegistry:
         To run the tools too, call `MultiServerMCPClient(connections).get_tools()` and hand those to `from_tools`.
 
         Args:
-            connections: Server name to connection, as `langchain_mcp_adapters.client.MultiServerMCPClient` takes them,
+            connections: server name to connection, as `langchain_mcp_adapters.client.MultiServerMCPClient` takes them,
                 for instance `{"files": {"transport": "stdio", "command": "python", "args": ["server.py"]}}`.
-            input_format: How the tools' inputs are written, "json" or "csv".
+            input_format: how the tools' inputs are written, "json" or "csv".
 
         Raises:
-            RegistryError: The extra is missing, or a tool can't be used. Errors of the connection pass through.
+            RegistryError: the extra is missing, or a tool can't be used. Errors of the connection pass through.
         """
         try:
             from langchain_mcp_adapters.client import MultiServerMCPClient
@@ -161,7 +161,7 @@ class ToolRegistry:
         """Read a registry file: `input_format` and a list `tools` of `name`, `description` and `parameters`.
 
         Raises:
-            RegistryError: What is wrong, with file, line and what was expected there.
+            RegistryError: what is wrong, with file, line and what was expected there.
         """
         content = read_registry_file(Path(path))
         registry = cls([], input_format=content.input_format)

@@ -22,13 +22,13 @@ class Tool(BaseModel):
     """One tool as the model knows it.
 
     Args:
-        name: Stands alone on a line after `Action: ` and in a comma-separated list, which rules out some characters.
-        description: What the tool does and when to use it; may span lines, prompts fold it into one.
+        name: stands alone on a line after `Action: ` and in a comma-separated list, which rules out some characters.
+        description: what the tool does and when to use it; may span lines, prompts fold it into one.
         parameters: JSON Schema of the arguments, always with `type: object` and `properties`, local references put in
             place. Treat it as read-only: fingerprints are taken once.
 
     Raises:
-        RegistryError: A field that can't be used, named with the tool.
+        RegistryError: a field that can't be used, named with the tool.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)

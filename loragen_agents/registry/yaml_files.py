@@ -85,7 +85,7 @@ def read_registry_file(path: Path) -> RegistryFile:
     """Read a registry file.
 
     Raises:
-        RegistryError: What is wrong, with file, line and what was expected there.
+        RegistryError: what is wrong, with file, line and what was expected there.
     """
     try:
         with path.open("rb") as file:
