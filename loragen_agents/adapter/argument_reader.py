@@ -2,7 +2,7 @@
 
 The words of a request lie in the model's cache as keys and values when a tool is chosen. Here each argument of the
 tool, as a vector, is compared with the values of every token: a token says something for one of the arguments, or for
-none, and an argument is given where some token speaks for it. No token is read again, and no part of the paper.
+none, and an argument is given where some token speaks for it. No token is read again. Not part of the paper.
 
 `ArgumentReader` is learnt, and is the same for all tools; `ArgumentKeys` are one tool's. Knows nothing of models,
 prompts and schemas.

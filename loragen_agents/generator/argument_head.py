@@ -1,4 +1,4 @@
-"""The argument head: which arguments of the chosen tool a request gives, learnt on what the frozen edge LM keeps.
+"""The argument head: which arguments of the chosen tool a request gives, learnt on the frozen edge LM's values.
 
 A tool's arguments are read by the same model as requests are, in words and with the expert weights in place. The
 values that it keeps of an argument's words, averaged, become the argument's vector by one linear map; `ArgumentReader`

@@ -17,7 +17,7 @@ from loragen_agents.registry import Tool
 from loragen_agents.training.argument_recipe import ArgumentRecipe
 from loragen_agents.training.head_examples import taken_steps
 
-# What a token stands for: none of the arguments; or nobody knows.
+# What a token stands for: none of the arguments, or not known.
 NONE, UNKNOWN = 0, -100
 
 
