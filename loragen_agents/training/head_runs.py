@@ -52,9 +52,15 @@ def with_new_head(source: LoRAGenerator, head: str, settings: Mapping[str, int])
         source: the generator.
         head: its attribute that holds the head.
         settings: of the head, as `GeneratorConfig` has them.
+
+    Raises:
+        DataError: the head wants more layers than the edge LM has.
     """
     config = GeneratorConfig.from_dict({**asdict(source.config), **settings})
-    made = LoRAGenerator(config, source.cloud, source.edge)
+    try:
+        made = LoRAGenerator(config, source.cloud, source.edge)
+    except ValueError as error:
+        raise DataError(f"the recipe's head can't be made: {error}") from error
     own = made.own_tensors()
     with torch.no_grad():
         for name, tensor in source.own_tensors().items():

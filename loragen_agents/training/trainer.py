@@ -255,10 +255,9 @@ def _arguments(recipe: Recipe, folder: Path, *, on_cpu: bool) -> TrainingArgumen
 
 def _new_generator(recipe: Recipe, cloud: Any, edge: Any) -> LoRAGenerator:
     try:
-        config = GeneratorConfig.from_dict(recipe.generator)
+        generator = LoRAGenerator(GeneratorConfig.from_dict(recipe.generator), cloud, edge)
     except (TypeError, ValueError) as error:
         raise DataError(f"the recipe's generator settings are not usable: {error}") from error
-    generator = LoRAGenerator(config, cloud, edge)
     if recipe.start_from is not None:
         _take_over(generator, recipe.start_from)
     return generator

@@ -200,6 +200,11 @@ def test_data_without_a_dev_split_is_refused(start: tuple[str, str], tmp_path: P
         train_head(recipe(start), tmp_path)
 
 
+def test_a_head_on_more_layers_than_there_are_is_named(start: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="head_layers is 99, and the edge LM has 3 layers"):
+        train_head(recipe(start, head_layers=99), tmp_path, data=data())
+
+
 def test_recipes_of_heads_are_told_by_what_they_train(tmp_path: Path) -> None:
     assert isinstance(load_recipe("head"), HeadRecipe)
     with pytest.raises(DataError, match="recipe of a head"):

@@ -107,6 +107,12 @@ def test_four_bits_follow_the_model_more_loosely(monkeypatch: pytest.MonkeyPatch
     assert 0 < difference.std() < logits.std()
 
 
+def test_another_quantisation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "int7")
+    with pytest.raises(ModelLoadError, match="LORAGEN_AGENTS_QUANTISATION is 'int7'; expected int8, int4 or none"):
+        Decoder(tiny_model("llama"), TOKENIZER, runtime="openvino")
+
+
 def test_which_models_have_a_graph(caplog: pytest.LogCaptureFixture) -> None:
     assert all(why_not(family_model(family)) is None for family in FAMILIES)
     hooked = tiny_model("llama")

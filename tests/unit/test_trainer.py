@@ -199,6 +199,7 @@ def test_a_trained_generator_loads_for_its_model(edge, tmp_path):
     ("changes", "said"),
     [
         ({"generator": {"experts": 8}}, "experts"),
+        ({"generator": {"memory_layers": 99}}, "memory_layers is 99, and the edge LM has 3 layers"),
         ({"sampler": {"tool": 3}}, "tool: unexpected"),
         ({"sampler": {"other_sources": {"sgd": 0.3}}}, "other_sources: input should be a valid number"),
         ({"sampler": {"csv": 20}}, "csv: input should be less than or equal to 1"),

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from loragen_agents.edge.openvino.graph import write_graph
 from loragen_agents.edge.openvino.quantise import Quantisation
+from loragen_agents.errors import ModelLoadError
 from loragen_agents.models.cache import cache_folder
 from loragen_agents.models.cpu import cpu_computes_bf16
 from loragen_agents.support.files import replacing
@@ -115,6 +116,9 @@ def quantisation() -> tuple[Quantisation, Quantisation]:
     """How matrices are kept, and how that of the output layer is.
 
     LORAGEN_AGENTS_QUANTISATION (int8, int4 or none) decides for the first.
+
+    Raises:
+        ModelLoadError: it says something else.
     """
     chosen = os.environ.get("LORAGEN_AGENTS_QUANTISATION", "int8")
     if chosen == "int4":
@@ -123,7 +127,7 @@ def quantisation() -> tuple[Quantisation, Quantisation]:
         return "none", "none"
     if chosen == "int8":
         return "int8", "int8"
-    raise ValueError(f"LORAGEN_AGENTS_QUANTISATION is {chosen!r}; expected int8, int4 or none")
+    raise ModelLoadError(f"LORAGEN_AGENTS_QUANTISATION is {chosen!r}; expected int8, int4 or none")
 
 
 def _load_or_compile(
