@@ -11,6 +11,7 @@ prompts and schemas.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 _ABSENT = -1e4
 # Log-odds beyond this say no more; odds of 0 or infinity have no logarithm.
 _MOST_ODDS = 12.0
+# Of the encoder's heads: from neighbours alone to the whole conversation. Learning moves them.
+_FIRST_SLOPES = (0.5, 0.2, 0.05, 0.0)
+_INNER_DROPOUT = 0.2
 
 
 class ArgumentKind(IntEnum):
@@ -49,10 +53,47 @@ class Listed:
     present: Tensor
 
 
+class _EncoderLayer(nn.Module):
+    """One layer of a pre-norm Transformer encoder whose heads look the less at a token the further away it is.
+
+    The language model has read each token without those behind it; here they come in. A head adds -slope · distance to
+    its attention logits, with a slope of its own that is learnt.
+
+    Args:
+        width: of its inputs and outputs, a multiple of the number of heads.
+        dropout: of what attention and feed-forward net add, while it is trained.
+    """
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+        self.slopes = nn.Parameter(torch.tensor(_FIRST_SLOPES))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        """Shape (requests, tokens, width), as `x`; `present` as `ArgumentReader.forward` takes it."""
+        place = torch.arange(x.shape[1], device=x.device)
+        distance = (place[:, None] - place).abs().to(x)
+        bias = -self.slopes.abs()[:, None, None] * distance
+        bias = bias[None].masked_fill(~present[:, None, None], _ABSENT)
+        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, len(self.slopes), -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.out(seen))
+        made: Tensor = x + self.dropout(self.feed(self.feed_norm(x)))
+        return made
+
+
 class ArgumentReader(nn.Module):
     """Compares the values of a conversation's tokens with arguments.
 
-    With x_t the values of token t, standardised, and a argument vectors in two halves a₁ and a₂:
+    What the model keeps of a token is standardised and brought to `hidden` numbers; a convolution over three tokens and
+    an encoder layer let each token see those around it, also behind it. With x_t what comes out for token t, and a
+    argument vectors in two halves a₁ and a₂:
 
     - Token t stands for argument a with the logit s · cos(Q x_t + Q₊ x_{t+1} + Q₋ x_{t-1}, a₁), and for none with one
       of its own; m_a is the largest of the log-odds that it stands for a, over the tokens.
@@ -65,33 +106,49 @@ class ArgumentReader(nn.Module):
         layers: edge layers whose values are read, in order.
         value_width: of one layer's values, over all heads.
         width: of each half of an argument's vector.
+        hidden: numbers that a token is brought to.
 
     Attributes:
-        dropout: of values and vectors while it is trained; whoever trains it sets it.
+        dropout: of values while it is trained; whoever trains it sets it.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: Sequence[int], value_width: int, width: int) -> None:
+    def __init__(self, layers: Sequence[int], value_width: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.layers, self.width, self.dropout = tuple(layers), width, 0.0
+        self.layers, self.value_width, self.width, self.hidden = tuple(layers), value_width, width, hidden
+        self.dropout = 0.0
         size = value_width * len(self.layers)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
-        self.token = nn.Linear(size, width)
-        self.token_behind = nn.Linear(size, width, bias=False)
-        self.token_before = nn.Linear(size, width, bias=False)
-        self.look = nn.Linear(size, width)
-        self.look_behind = nn.Linear(size, width, bias=False)
-        self.found = nn.Linear(size, width)
+        self.bring = nn.Linear(size, hidden)
+        self.around = nn.Conv1d(hidden, hidden, 3, padding=1)
+        self.encoder = _EncoderLayer(hidden, _INNER_DROPOUT)
+        self.token = nn.Linear(hidden, width)
+        self.token_behind = nn.Linear(hidden, width, bias=False)
+        self.token_before = nn.Linear(hidden, width, bias=False)
+        self.look = nn.Linear(hidden, width)
+        self.look_behind = nn.Linear(hidden, width, bias=False)
+        self.found = nn.Linear(hidden, width)
         self.none = nn.Linear(width, 1)
         self.log_scale = nn.Parameter(torch.tensor(2.2))
         self.log_look_scale = nn.Parameter(torch.tensor(2.2))
         self.odds_weight = nn.Parameter(torch.tensor(0.5))
         self.kind_bias = nn.Parameter(torch.zeros(len(ArgumentKind)))
-        # Without dropout so far; its place is kept, since checkpoints name the tensors behind it by theirs.
-        self.judge = nn.Sequential(nn.Linear(3 * width + 3, width), nn.GELU(), nn.Dropout(0.0), nn.Linear(width, 1))
+        self.judge = nn.Sequential(
+            nn.Linear(3 * width + 3, width), nn.GELU(), nn.Dropout(_INNER_DROPOUT), nn.Linear(width, 1)
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it is made with, by the names of its arguments."""
+        return {
+            "layers": list(self.layers),
+            "value_width": self.value_width,
+            "width": self.width,
+            "hidden": self.hidden,
+        }
 
     def forward(self, values: Tensor, present: Tensor, listed: Listed) -> tuple[Tensor, Tensor]:
         """What each token stands for, and whether each argument is given.
@@ -105,10 +162,8 @@ class ArgumentReader(nn.Module):
             Logits of what a token stands for, none first, with shape (requests, tokens, 1 + arguments); and of each
             argument's being given, with shape (requests, arguments).
         """
-        x = F.dropout((values - self.mean) / self.deviation, self.dropout, self.training)
-        x = x * present[..., None]
-        vectors = F.dropout(listed.vectors, self.dropout, self.training)
-        claims, looks = (F.normalize(half, dim=-1) for half in vectors.chunk(2, dim=-1))
+        x = self._encoded(values, present)
+        claims, looks = (F.normalize(half, dim=-1) for half in listed.vectors.chunk(2, dim=-1))
         behind, before = F.pad(x[:, 1:], (0, 0, 0, 1)), F.pad(x[:, :-1], (0, 0, 1, 0))
         tokens = F.normalize(self.token(x) + self.token_behind(behind) + self.token_before(before), dim=-1)
         likeness = self.log_scale.exp() * tokens @ claims.transpose(1, 2)
@@ -124,6 +179,16 @@ class ArgumentReader(nn.Module):
         facts = [most / 4, likeness.amax(dim=-1) / 4, listed.required.to(x)]
         judged = self.judge(torch.cat([pooled, scaled, pooled * scaled, torch.stack(facts, dim=-1)], dim=-1))
         return stands, judged[..., 0] + self.odds_weight * most + self.kind_bias[listed.kinds]
+
+    def _encoded(self, values: Tensor, present: Tensor) -> Tensor:
+        """What is left of the values, with shape (requests, tokens, hidden); zeros where no token is."""
+        # The first map is most of the work, so it is spared what is not there.
+        own = F.dropout((values[present] - self.mean) / self.deviation, self.dropout, self.training)
+        own = self.bring(own)
+        x = own.new_zeros(*present.shape, self.hidden)
+        x[present] = own
+        x = x + self.around(F.gelu(x).transpose(1, 2)).transpose(1, 2)
+        return self.encoder(x, present) * present[..., None]
 
 
 def _log_odds(logarithms: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,14 +44,15 @@ class ArgumentHead(nn.Module):
         layers: edge layers whose values are read, in order.
         value_width: of one layer's values, over all heads.
         width: of each half of a vector.
+        hidden: as `ArgumentReader` takes it.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: Sequence[int], value_width: int, width: int) -> None:
+    def __init__(self, layers: Sequence[int], value_width: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.reader = ArgumentReader(layers, value_width, width)
+        self.reader = ArgumentReader(layers, value_width, width, hidden)
         size = value_width * len(self.reader.layers)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
@@ -62,7 +64,8 @@ class ArgumentHead(nn.Module):
         Args:
             words: mean values of each argument's words, with shape (..., layers · value width).
         """
-        made: Tensor = self.argument_map((words - self.mean) / self.deviation)
+        x = F.dropout((words - self.mean) / self.deviation, self.reader.dropout, self.training)
+        made: Tensor = self.argument_map(x)
         return made
 
 

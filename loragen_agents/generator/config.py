@@ -26,6 +26,7 @@ class GeneratorConfig:
         argument_layers: in how many of the edge LM's layers the argument head looks, every second one of the last; 0 is
             no such head: the model alone decides which arguments it gives.
         argument_width: numbers in each half of an argument's vector (see `ArgumentReader`).
+        argument_hidden: numbers that it brings a request's token to, a multiple of 4.
 
     Raises:
         ValueError: a value is out of its range.
@@ -52,6 +53,7 @@ class GeneratorConfig:
     head_width: int = 64
     argument_layers: int = 0
     argument_width: int = 128
+    argument_hidden: int = 192
 
     def __post_init__(self) -> None:
         choices = {
@@ -63,12 +65,14 @@ class GeneratorConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
         memory = ("memory_common_rank", "memory_key_rank", "memory_value_rank")
-        widths = (*memory, "head_width", "argument_width")
+        widths = (*memory, "head_width", "argument_width", "argument_hidden")
         may_be_none = ("memory_layers", "head_layers", "argument_layers")
         for name in ("n_experts", "top_k", "rank", "router_width", "direct_width", "cloud_rank", *widths, *may_be_none):
             value, least = getattr(self, name), 0 if name in may_be_none else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected a whole number from {least}")
+        if self.argument_hidden % 4:
+            raise ValueError(f"argument_hidden is {self.argument_hidden}; expected a multiple of 4")
         if self.top_k > self.n_experts and self.n_experts > 1:
             raise ValueError(f"top_k is {self.top_k}, and there are {self.n_experts} experts to choose from")
         for name in ("alpha", "cloud_alpha"):

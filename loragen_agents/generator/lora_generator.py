@@ -150,7 +150,8 @@ class LoRAGenerator(nn.Module):
     def _new_argument_head(self) -> ArgumentIndexer:
         config = self.config
         layers = layers_read(config.argument_layers, self.shape.layers)
-        return ArgumentIndexer(self.edge, ArgumentHead(layers, value_width(self.edge.model), config.argument_width))
+        head = ArgumentHead(layers, value_width(self.edge.model), config.argument_width, config.argument_hidden)
+        return ArgumentIndexer(self.edge, head)
 
     def _new_tool_memory(self) -> MemoryWriter:
         config = self.config

@@ -30,7 +30,7 @@ from loragen_agents.models.language_models import LanguageModel, gated_ffn_layer
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.specialize import Specialization
 
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "specialization.json"
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _SHARED = "shared/"
@@ -73,7 +73,7 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
         "edge_fingerprint": edge.fingerprint,
         "shared": {"layers": shared.layers, "rank": shared.rank, "alpha": shared.alpha},
         "choice_layers": layers,
-        "argument_layers": list(arguments[0].reader.layers) if arguments else [],
+        "argument_reader": arguments[0].reader.settings if arguments else None,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     archive = io.BytesIO()
@@ -144,13 +144,14 @@ def _choice_parts(
     has_updates = any(tensors.values())
     read = None
     if _ARGUMENTS in files:
-        read = _argument_keys(load(files[_ARGUMENTS]), manifest["argument_layers"], registry).__getitem__
+        read = _argument_keys(load(files[_ARGUMENTS]), manifest["argument_reader"], registry).__getitem__
     return shared, keys, lambda: combined, updates.__getitem__ if has_updates else None, read
 
 
-def _argument_keys(tensors: dict[str, Tensor], layers: list[int], registry: ToolRegistry) -> dict[str, ArgumentKeys]:
-    width = tensors[f"{_READER}token.weight"].shape
-    reader = ArgumentReader(layers, width[1] // len(layers), width[0])
+def _argument_keys(
+    tensors: dict[str, Tensor], settings: dict[str, Any], registry: ToolRegistry
+) -> dict[str, ArgumentKeys]:
+    reader = ArgumentReader(**settings)
     state = {name.removeprefix(_READER): tensor for name, tensor in tensors.items() if name.startswith(_READER)}
     reader.load_state_dict(state)
     reader.eval()

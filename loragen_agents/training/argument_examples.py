@@ -100,6 +100,37 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
     return ArgumentExamples(list(tools.values()), [data.tools[name].source for name in tools], made)
 
 
+# Names that say nothing, as some APIs have them.
+_PLAIN_NAMES = ("value", "x", "arg", "param", "field", "a", "p", "item", "input", "data", "option", "val")
+
+
+def reworded(tool: Tool, rng: random.Random) -> list[tuple[Tool, list[int]]]:
+    """A tool in other words, each with the places that its arguments have there: registries differ in what they say.
+
+    Twice its arguments stand in another order: without descriptions, and with names that say nothing for those that
+    have a description.
+    """
+    properties: dict[str, Any] = tool.parameters["properties"]
+    made = []
+    for named in (True, False):
+        order = rng.sample(list(properties), len(properties))
+        changed: dict[str, Any] = {}
+        for name in order:
+            schema = properties[name]
+            described = isinstance(schema, Mapping) and bool(schema.get("description"))
+            if described and named:
+                schema = {key: value for key, value in schema.items() if key != "description"}
+            elif described:
+                name = f"{rng.choice(_PLAIN_NAMES)}{len(changed)}"
+            while name in changed:
+                name += "_"
+            changed[name] = schema
+        parameters = {**tool.parameters, "properties": changed, "required": []}
+        places = [order.index(name) for name in properties]
+        made.append((tool.model_copy(update={"parameters": parameters}), places))
+    return made
+
+
 def token_labels(
     renderer: PromptRenderer, turns: Sequence[Turn], tool: Tool, arguments: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:

@@ -25,7 +25,7 @@ from loragen_agents.errors import DataError
 from loragen_agents.generator.argument_head import ArgumentHead, argument_kinds, read_arguments, read_values
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.support.progress import Progress, silent
-from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples
+from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples, reworded
 from loragen_agents.training.argument_recipe import ArgumentRecipe
 from loragen_agents.training.head_runs import (
     data_of,
@@ -43,6 +43,8 @@ _BLOCK = 256
 _WARMUP = 50
 # Texts from whose tokens mean and deviation are taken.
 _SAMPLE = 1500
+# Requests that run together, which are of similar length.
+_ROWS = 16
 _EVERY = 0.6  # a source's share grows with this power of its requests
 
 
@@ -53,12 +55,12 @@ class ReadExamples:
     Attributes:
         values: of all requests' tokens one behind the other, float16, with shape (tokens, layers · value width).
         starts: of each request, the place of its first token; last where all end.
-        words: of each tool, as `read_arguments` gives them.
+        words: as `read_arguments` gives them of each tool, first in its own words, then in those of `reworded`.
     """
 
     values: np.ndarray
     starts: list[int]
-    words: list[Tensor]
+    words: list[list[Tensor]]
 
 
 def train_argument_head(
@@ -78,7 +80,8 @@ def train_argument_head(
     """
     folder = Path(folder)
     data = data_of(recipe, data)
-    settings = {"argument_layers": recipe.argument_layers, "argument_width": recipe.argument_width}
+    names = ("argument_layers", "argument_width", "argument_hidden")
+    settings = {name: getattr(recipe, name) for name in names}
     generator = with_new_head(load_generator(recipe), "argument_head", settings)
     edge = generator.edge
     renderer = shared_renderer(edge.tokenizer)
@@ -107,16 +110,23 @@ def read_examples(
 ) -> ReadExamples:
     """Read all requests and tools; arguments as `train_argument_head` has them."""
     model = merged_copy(edge, beside)
+    rng = random.Random(0)
+    others = [reworded(tool, rng) for tool in examples.tools]
     words = []
-    for begin in range(0, len(examples.tools), _BLOCK):
-        progress(f"Reading the arguments of {len(examples.tools)} tools", begin / len(examples.tools))
-        words += read_arguments(model, renderer, examples.tools[begin : begin + _BLOCK], layers)
+    for worded in (examples.tools, *([tool for tool, _ in way] for way in zip(*others, strict=True))):
+        own: list[Tensor] = []
+        for begin in range(0, len(worded), _BLOCK):
+            progress(f"Reading the arguments of {len(worded)} tools", begin / len(worded))
+            own += read_arguments(model, renderer, worded[begin : begin + _BLOCK], layers)
+        words.append(own)
+    for way, own in enumerate(words[1:]):
+        words[1 + way] = [each[other[way][1]] for each, other in zip(own, others, strict=True)]
     rows = [one.ids for one in examples.requests]
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
     digest = reading_digest(rows, layers, edge, beside)
-    kept = KeptArray(folder, "values", (starts[-1], words[0].shape[-1]), digest)
+    kept = KeptArray(folder, "values", (starts[-1], words[0][0].shape[-1]), digest)
     first = starts.index(kept.done) if kept.done else 0
     for begin in range(first, len(rows), _BLOCK):
         progress(f"Reading {len(rows)} requests", begin / len(rows))
@@ -136,6 +146,7 @@ class _Drawn:
     given: list[bool]
     required: list[bool]
     stands: list[int]
+    wording: int = 0
 
 
 def fit_argument_head(
@@ -169,22 +180,39 @@ def fit_argument_head(
             for source in rng.choices(sources, shares, k=3)
             for _ in range(recipe.step_requests // 3)
         ]
-        drawn = [_changed(examples, index, strangers, recipe, rng) for index in indices]
-        values, present, listed, given, stands = batches(head, drawn)
-        tokens, logits = head.reader(values, present, listed)
-        learnt = listed.present & (~listed.required | (torch.rand(listed.present.shape) < recipe.required))
-        loss = F.binary_cross_entropy_with_logits(logits[learnt], given[learnt])
-        loss = loss + recipe.token_weight * F.cross_entropy(
-            tokens.flatten(0, 1), stands.flatten(), ignore_index=UNKNOWN
-        )
+        drawn = [_changed(examples, index, strangers, recipe, len(read.words), rng) for index in indices]
         optimizer.zero_grad()
-        loss.backward()
+        drawn.sort(key=lambda one: len(one.stands))
+        loss = 0.0
+        for begin in range(0, len(drawn), _ROWS):
+            some = drawn[begin : begin + _ROWS]
+            loss += _backward(head, batches(head, some), recipe, len(some) / len(drawn))
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        mean = loss if mean is None else 0.98 * mean + 0.02 * loss
         label = "Learning the argument head"
         progress(f"{label} (loss {mean:.2f})" if step % 20 == 0 else label, step / recipe.steps)
     head.eval()
+
+
+def _backward(
+    head: ArgumentHead, batch: tuple[Tensor, Tensor, Listed, Tensor, Tensor], recipe: ArgumentRecipe, share: float
+) -> float:
+    """Add the gradients of a batch, which is a share of its step's requests; returns its part of the loss."""
+    values, present, listed, given, stands = batch
+    tokens, logits = head.reader(values, present, listed)
+    learnt = listed.present & (~listed.required | (torch.rand(listed.present.shape) < recipe.required))
+    parts = []
+    if learnt.any():
+        parts.append(F.binary_cross_entropy_with_logits(logits[learnt], given[learnt]))
+    if (stands != UNKNOWN).any():
+        told = F.cross_entropy(tokens.flatten(0, 1), stands.flatten(), ignore_index=UNKNOWN)
+        parts.append(recipe.token_weight * told)
+    if not parts:
+        return 0.0
+    loss = share * torch.stack(parts).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item()
 
 
 def _standardise(head: ArgumentHead, read: ReadExamples, train: Sequence[int], rng: random.Random) -> None:
@@ -192,7 +220,7 @@ def _standardise(head: ArgumentHead, read: ReadExamples, train: Sequence[int], r
     some = sorted(rng.sample(train, min(_SAMPLE, len(train))))
     values = np.concatenate([read.values[read.starts[n] : read.starts[n + 1]] for n in some])
     tokens = torch.from_numpy(values.astype(np.float32))
-    words = torch.cat(read.words).float()
+    words = torch.cat(read.words[0]).float()
     for module, x in ((head.reader, tokens), (head, words)):
         module.mean.copy_(x.mean(dim=0))
         module.deviation.copy_(x.std(dim=0) + 1e-3)
@@ -216,9 +244,10 @@ def _changed(
     index: int,
     strangers: Sequence[tuple[int, int]],
     recipe: ArgumentRecipe,
+    wordings: int,
     rng: random.Random,
 ) -> _Drawn:
-    """An example with arguments left out that its request doesn't give, strange ones added, in another order."""
+    """An example in other order and words, without some arguments that are not given, and with strange ones."""
     plain, one = _plain(examples, index), examples.requests[index]
     kept = [n for n in range(len(one.given)) if one.given[n] or plain.required[n] or rng.random() >= recipe.dropped]
     places: list[tuple[tuple[int, int], int | None]] = [(plain.listed[n], n) for n in kept]
@@ -234,6 +263,7 @@ def _changed(
         [number is not None and one.given[number] for _, number in places],
         [number is not None and plain.required[number] for _, number in places],
         [1 + moved[label - 1] if label > 0 else label for label in one.stands],
+        rng.randint(1, wordings - 1) if wordings > 1 and rng.random() < recipe.reworded else 0,
     )
 
 
@@ -262,7 +292,7 @@ class _Batches:
             present[row, :length] = True
             stands[row, :length] = torch.tensor(one.stands)
             for place, (tool, argument) in enumerate(one.listed):
-                words[row, place] = self.read.words[tool][argument]
+                words[row, place] = self.read.words[one.wording][tool][argument]
                 kinds[row, place] = int(self.kinds[tool][argument])
             there[row, :count] = True
             required[row, :count] = torch.tensor(one.required, dtype=torch.bool)

@@ -1,12 +1,13 @@
 """The argument head: what it learns from, that it learns, and that calls are held to what it finds."""
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from loragen_agents.adapter.argument_reader import ArgumentKind, side_by_side
+from loragen_agents.adapter.argument_reader import ArgumentKind, ArgumentReader, Listed, side_by_side
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.renderers import shared_renderer
@@ -19,7 +20,7 @@ from loragen_agents.generator.argument_head import argument_kinds, read_argument
 from loragen_agents.generator.tool_texts import argument_texts
 from loragen_agents.models.language_models import LanguageModel, load_language_model
 from loragen_agents.registry import Tool, ToolRegistry
-from loragen_agents.training.argument_examples import NONE, UNKNOWN, build_argument_examples, token_labels
+from loragen_agents.training.argument_examples import NONE, UNKNOWN, build_argument_examples, reworded, token_labels
 from loragen_agents.training.argument_recipe import ArgumentRecipe
 from loragen_agents.training.argument_trainer import train_argument_head
 from loragen_agents.training.recipe import load_recipe
@@ -27,7 +28,7 @@ from tests.tiny_models import save_tiny_model
 from tests.unit.test_trainer import GENERATOR, data
 
 SETTINGS: dict[str, Any] = {"argument_layers": 1, "argument_width": 16, "joined": 10, "earlier": 5}
-SETTINGS |= {"steps": 120, "dropout": 0.0}
+SETTINGS |= {"argument_hidden": 32, "steps": 250, "dropout": 0.0}
 
 
 def schema(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -136,6 +137,32 @@ def test_tools_do_not_depend_on_each_other_when_they_are_read(start: tuple[str, 
     alone = read_arguments(edge.model, renderer, [TABLE], [0])[0]
     together = read_arguments(edge.model, renderer, [other, TABLE], [0])
     assert together[0].shape == (0, alone.shape[1]) and torch.allclose(alone, together[1], atol=1e-5)
+
+
+def test_padding_changes_nothing_and_tokens_see_what_is_behind_them() -> None:
+    torch.manual_seed(0)
+    reader = ArgumentReader([0], 6, width=8, hidden=16).eval()
+    kinds, required = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
+    listed = Listed(torch.randn(2, 3, 16), kinds, required, ~required)
+    values = torch.randn(2, 9, 6)
+    present = torch.arange(9) < torch.tensor([[4], [9]])
+    stands, given = reader(values, present, listed)
+    first = Listed(listed.vectors[:1], kinds[:1], required[:1], ~required[:1])
+    alone = reader(values[:1, :4], present[:1, :4], first)
+    assert torch.allclose(stands[:1, :4], alone[0], atol=1e-5) and torch.allclose(given[:1], alone[1], atol=1e-5)
+    values[1, 8] += 1.0
+    assert not torch.allclose(stands[1, 2], reader(values, present, listed)[0][1, 2], atol=1e-6)
+
+
+def test_a_tool_is_read_in_other_words_too() -> None:
+    described = {"type": "string", "description": "Where to eat."}
+    tool = TABLE.model_copy(update={"parameters": schema(("place",), place=described, people={"type": "integer"})})
+    (named, first), (unnamed, second) = reworded(tool, random.Random(0))
+    assert [named.argument_names[place] for place in first] == ["place", "people"]
+    assert "description" not in named.parameters["properties"]["place"] and "Where" not in argument_texts(named)[0][0]
+    place, people = (unnamed.argument_names[place] for place in second)
+    assert place != "place" and people == "people" and unnamed.parameters["properties"][place] == described
+    assert tool.parameters["properties"]["place"] == described
 
 
 def test_it_learns_which_arguments_a_request_gives(start: tuple[str, str], tmp_path: Path) -> None:
