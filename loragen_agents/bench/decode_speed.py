@@ -4,7 +4,8 @@
 
 Everything is timed in turn within each round, and ratios are taken round by round, so that they hold on a machine whose
 speed drifts. Only decoding counts: the time from the first token that the model chose to the last one. What is written
-does not matter here; the merged weights are random.
+does not matter here; the merged weights are random. The loop runs on PyTorch, as `generate` does; how it compares with
+OpenVINO is the subject of `bench.runtimes`.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def measure_speeds(
     arrange_weights(merged, model)
     # The last token of the vocabulary takes the place of the stop tokens, so that texts are of one length.
     never = [model.config.get_text_config(decoder=True).vocab_size - 1]
-    decoders = [Decoder(tree, tokenizer, stop_token_ids=never) for tree in (model, merged)]
+    decoders = [Decoder(tree, tokenizer, stop_token_ids=never, runtime="torch") for tree in (model, merged)]
     prompt = shared_renderer(tokenizer).user_turn([Turn(REQUEST)])
     answer = ToolGrammar(registry, tokenizer, "none")
     call = ToolGrammar(registry, tokenizer, "any")

@@ -141,13 +141,15 @@ def _precision(runtime: str) -> str | None:
 
 
 def _runtime() -> str:
-    """The runtime that models run on."""
-    from loragen_agents.edge.forward import RUNTIME_VARIABLE, chosen_runtime
+    """What models run on."""
+    from loragen_agents.edge.forward import RUNTIME_VARIABLE, chosen_runtime, openvino_is_default
 
-    name = chosen_runtime()
-    if name == "torch" and importlib.util.find_spec("openvino") is not None:
-        return f"torch (openvino is installed, too: {RUNTIME_VARIABLE}=openvino chooses it)"
-    return name
+    chosen = chosen_runtime()
+    if chosen == "torch":
+        return f"torch, by {RUNTIME_VARIABLE}" + ("; without it openvino, on CPUs" if openvino_is_default() else "")
+    if chosen == "auto" and not openvino_is_default():
+        return "torch (on x86-64 CPUs openvino is faster, if it is installed)"
+    return "openvino on CPUs, torch on GPUs and for models that have no graph"
 
 
 def _versions() -> dict[str, str | None]:

@@ -24,6 +24,7 @@ from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
+from loragen_agents.edge.forward import RuntimeName, chosen_runtime
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.held_arguments import can_be_held, held_arguments, narrowed
 from loragen_agents.edge.sampling import Sampling
@@ -34,8 +35,12 @@ from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
 
 
-def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None) -> Decoder:
+def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None, *, for_one: bool = False) -> Decoder:
     """A decoder of a copy of `edge` with the weights merged; what they don't change is shared with `edge`.
+
+    Args:
+        for_one: the weights are those of one registry. Compiling such a model takes longer than writing most of what
+            is asked of it, so PyTorch runs it, unless another runtime was chosen by name.
 
     Raises:
         ValueError: the weights are for another model.
@@ -45,7 +50,8 @@ def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None) -> Decoder:
     if weights is not None:
         weights.merge_into(model)
         arrange_weights(model, edge.model)
-    decoder = Decoder(model, edge.tokenizer)
+    runtime: RuntimeName = "torch" if for_one and chosen_runtime() == "auto" else "auto"
+    decoder = Decoder(model, edge.tokenizer, runtime=runtime)
     # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
     decoder.stop_token_ids |= frozenset(shared_renderer(edge.tokenizer).end_token_ids)
     return decoder
@@ -95,7 +101,7 @@ class SpecializedLM:
         else:
             merged = weights
         self.shares_model = decoder is not None
-        self.decoder = decoder or merged_decoder(edge, merged)
+        self.decoder = decoder or merged_decoder(edge, merged, for_one=self._parts is None and merged is not None)
         self.model = self.decoder.model
         self.scorer: ToolScorer
         if self._parts is not None and self._parts.keys is not None:

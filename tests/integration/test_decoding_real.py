@@ -39,10 +39,11 @@ def renderer(tokenizer: PreTrainedTokenizerFast) -> PromptRenderer:
 
 @pytest.fixture(scope="module")
 def decoders(embedded_model: LanguageModel) -> dict[str, Decoder]:
-    """In float32, where two ways to the same sum agree, and in bf16, where they may round to different tokens."""
+    """On PyTorch in float32, where two ways to the same sum agree, and in bf16, where they may round differently."""
     models = [load_language_model(embedded_model.folder, dtype=dtype) for dtype in ("float32", "bfloat16")]
     return {
-        dtype: Decoder(model.model, model.tokenizer) for dtype, model in zip(("float32", "bf16"), models, strict=True)
+        dtype: Decoder(model.model, model.tokenizer, runtime="torch")
+        for dtype, model in zip(("float32", "bf16"), models, strict=True)
     }
 
 

@@ -18,8 +18,17 @@ def nothing_is_fetched(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     return folder
 
 
+@pytest.fixture(autouse=True)
+def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit tests compare exact numbers of tiny models, which int8 would change, and take less time than compiling one.
+
+    Those of the runtimes themselves take `runtime`, or choose one; integration tests run on the default.
+    """
+    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "torch")
+
+
 @pytest.fixture(params=["torch", "openvino"])
-def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def runtime(request: pytest.FixtureRequest, on_torch: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on each runtime; on OpenVINO with matrices in float32, so that results are equal."""
     if request.param == "openvino":
         pytest.importorskip("openvino")

@@ -17,10 +17,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.edge.decoding import Decoder, Sampling
 from loragen_agents.edge.forward import Runtime, chosen_runtime
+from loragen_agents.edge.lean_forward import LeanForward
 from loragen_agents.edge.module_forward import ModuleForward
+from loragen_agents.edge.specialized import merged_decoder
 from loragen_agents.errors import ModelLoadError
+from loragen_agents.models.language_models import LanguageModel
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 pytest.importorskip("openvino")
@@ -136,6 +140,48 @@ def test_a_runtime_is_chosen_by_argument_or_environment(monkeypatch: pytest.Monk
     monkeypatch.setattr("loragen_agents.edge.forward.find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match="pip install openvino"):
         chosen_runtime("openvino")
+
+
+@pytest.mark.parametrize("said", [None, "", "auto"])
+def test_the_default_is_openvino_where_it_has_a_graph(
+    said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("LORAGEN_AGENTS_RUNTIME")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    if said is not None:
+        monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", said)
+    runtime = Runtime(tiny_model())
+    assert (runtime.name, runtime.exact) == ("openvino", False)
+    assert isinstance(runtime.bind(), OpenVINOForward)
+    # Nobody asked for OpenVINO by name, so it is no warning that PyTorch runs a model.
+    hooked = tiny_model("llama")
+    hooked.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: None)  # type: ignore[union-attr]
+    runtime = Runtime(hooked)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(runtime.bind(), ModuleForward)
+    assert (runtime.name, runtime.exact) == ("torch", True)
+    assert [record.levelname for record in caplog.records if "not OpenVINO" in record.message] == ["INFO"]
+    monkeypatch.setattr("loragen_agents.edge.forward.find_spec", lambda name: None)
+    assert Runtime(tiny_model()).name == "torch"
+
+
+def test_a_model_of_one_registry_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAGEN_AGENTS_RUNTIME")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    edge = LanguageModel("tiny", Path("tiny"), tiny_model(), TOKENIZER, "fingerprint")
+    a, b = torch.randn(1, SIZES["intermediate_size"]), torch.randn(SIZES["hidden_size"], 1)
+    weights = LoRAWeights(SIZES["num_hidden_layers"], 1, 1.0, {(0, "down_proj"): (a, b)})
+    assert isinstance(merged_decoder(edge, weights, for_one=True)._forward(), LeanForward)
+    assert isinstance(merged_decoder(edge, weights)._forward(), OpenVINOForward)
+    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "openvino")
+    assert isinstance(merged_decoder(edge, weights, for_one=True)._forward(), OpenVINOForward)
+
+
+def test_on_other_cpus_openvino_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAGEN_AGENTS_RUNTIME")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert Runtime(tiny_model()).name == "torch"
+    assert Runtime(tiny_model(), "openvino").name == "openvino"
 
 
 def test_models_with_equal_weights_share_a_graph() -> None:
