@@ -63,7 +63,7 @@ class ModelSession:
         model.decoder.prefixes = PrefixStore(entries=1 if variant.choice else 0)
         if variant.cached:
             started = time.perf_counter()
-            model.decoder.read(self._prefix(), pin=True)
+            model.decoder.prefill(self._prefix(), pin=True)
             self.setup_seconds = time.perf_counter() - started
         self._scorer = self._make_scorer() if variant.choice and len(registry) else None
 
@@ -100,7 +100,7 @@ class ModelSession:
         prompt = self._prompt(turns)
         started = time.perf_counter()
         with self._memory.measure():
-            tools = self._scorer(self._scorer.read(prompt))
+            tools = self._scorer(self._scorer.prefill(prompt))
         seconds = time.perf_counter() - started
         text = f"{NO_TOOL}{ANSWER}" if tools.chosen is None else f"{USE_TOOL}{ACTION} {tools.chosen}"
         cost = TurnCost(len(prompt), 0, 0, seconds, seconds, self._memory.bytes)

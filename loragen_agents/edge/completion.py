@@ -33,7 +33,7 @@ class Completion:
 
 
 @dataclass(frozen=True, eq=False)
-class ReadPrompt:
+class PrefilledPrompt:
     """A prompt that was read: its tokens, their keys and values, and the logits (vocabulary,) of what comes next.
 
     Decode from it or score behind it as often as you like; nothing of it is read again.
@@ -50,5 +50,5 @@ class ReadPrompt:
     history: History = ()
 
 
-def prompt_tokens(prompt: Sequence[int] | ReadPrompt) -> Sequence[int]:
-    return prompt.token_ids if isinstance(prompt, ReadPrompt) else prompt
+def prompt_tokens(prompt: Sequence[int] | PrefilledPrompt) -> Sequence[int]:
+    return prompt.token_ids if isinstance(prompt, PrefilledPrompt) else prompt

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge import feeding
-from loragen_agents.edge.completion import Completion, ReadPrompt, prompt_tokens
+from loragen_agents.edge.completion import Completion, PrefilledPrompt, prompt_tokens
 from loragen_agents.edge.feeding import feed, in_groups, side_by_side, updated_layers
 from loragen_agents.edge.forward import Runtime, RuntimeName
 from loragen_agents.edge.grammar import ToolGrammar
@@ -72,7 +72,7 @@ class Decoder:
 
     def stream(
         self,
-        prompt: Sequence[int] | ReadPrompt,
+        prompt: Sequence[int] | PrefilledPrompt,
         sampling: Sampling | None = None,
         grammar: ToolGrammar | None = None,
         cancel: threading.Event | None = None,
@@ -82,8 +82,8 @@ class Decoder:
 
         Args:
             cancel: set it, from any thread, to stop before the next token; what was generated until then is kept.
-            updates: run beside the model's weights for all tokens that are read from here on; a `ReadPrompt` stays as
-                it was read.
+            updates: run beside the model's weights for all tokens that are read from here on; a `PrefilledPrompt`
+                stays as it is.
 
         Raises:
             PromptError: the prompt is empty, or too long for the model.
@@ -93,7 +93,7 @@ class Decoder:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int] | ReadPrompt],
+        prompts: Sequence[Sequence[int] | PrefilledPrompt],
         sampling: Sampling | None = None,
         grammar: ToolGrammar | Sequence[ToolGrammar | None] | None = None,
         cancel: threading.Event | None = None,
@@ -134,15 +134,15 @@ class Decoder:
             done |= {place: row.completion() for place, row in zip(places, run.sequences, strict=True)}
         return [done[place] for place in range(len(prompts))]
 
-    def read(
+    def prefill(
         self,
         prompt: Sequence[int],
         *,
         pin: bool = False,
         capture: Sequence[int] = (),
         updates: DownUpdates | None = None,
-    ) -> ReadPrompt:
-        """Prefill: read a prompt without generating.
+    ) -> PrefilledPrompt:
+        """Read a prompt without generating.
 
         Args:
             pin: keep its keys and values for good, as the beginning that many prompts will share; in 16-bit dtypes
@@ -154,18 +154,18 @@ class Decoder:
             PromptError: as `stream`.
             ModelLoadError: activations or updates are asked for, and the model has no gated FFN in each layer.
         """
-        return self.read_parts([prompt], pin=pin, capture=capture, updates=updates)[0]
+        return self.prefill_parts([prompt], pin=pin, capture=capture, updates=updates)[0]
 
     @torch.inference_mode()
-    def read_parts(
+    def prefill_parts(
         self,
         parts: Sequence[Sequence[int]],
         *,
-        behind: ReadPrompt | None = None,
+        behind: PrefilledPrompt | None = None,
         pin: bool = False,
         capture: Sequence[int] = (),
         updates: DownUpdates | None = None,
-    ) -> list[ReadPrompt]:
+    ) -> list[PrefilledPrompt]:
         """Prefill several parts in one pass, and give what was read up to the end of each, from the first on.
 
         Args:
@@ -206,7 +206,7 @@ class Decoder:
         found = [activations[0] for activations in captured.values() if activations is not None]
         activations = torch.stack(found, dim=1) if found else None  # (parts, layers, intermediate size)
         return [
-            ReadPrompt(
+            PrefilledPrompt(
                 tuple(tokens[:end]),
                 states.first(end),
                 logits[place],
@@ -220,7 +220,7 @@ class Decoder:
     @torch.inference_mode()
     def score(
         self,
-        prompt: Sequence[int] | ReadPrompt,
+        prompt: Sequence[int] | PrefilledPrompt,
         continuations: Sequence[Sequence[int]],
         *,
         updates: DownUpdates | None = None,
@@ -233,7 +233,7 @@ class Decoder:
         Raises:
             PromptError: as `stream`.
         """
-        read = prompt if isinstance(prompt, ReadPrompt) else self.read(prompt, updates=updates)
+        read = prompt if isinstance(prompt, PrefilledPrompt) else self.prefill(prompt, updates=updates)
         forward = self._forward()
         device = self.model.device
         scores = [0.0] * len(continuations)
@@ -267,7 +267,7 @@ class Decoder:
                 self._state, self._bound = state, self._runtime.bind()
             return self._bound
 
-    def _room(self, prompt: Sequence[int] | ReadPrompt) -> int:
+    def _room(self, prompt: Sequence[int] | PrefilledPrompt) -> int:
         """Number of tokens that can follow a prompt.
 
         Raises:
@@ -287,7 +287,7 @@ class Decoder:
     def _opened(
         self,
         forward: Forward,
-        prompts: Sequence[Sequence[int] | ReadPrompt],
+        prompts: Sequence[Sequence[int] | PrefilledPrompt],
         histories: Sequence[History],
         room: int,
         forced: Sequence[Sequence[int]] | None = None,
@@ -301,7 +301,7 @@ class Decoder:
         histories: how each row is to have been read at the end. layers: as `Forward.cache`.
         forced: tokens that follow each prompt in any case; of these, too, some may be known.
         """
-        plain = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, ReadPrompt)]
+        plain = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, PrefilledPrompt)]
         head, shared = None, 0
         # What is read with updates of its own is shared with no other row.
         if len(plain) > 1 and not self._aligned and all(histories[place] == histories[plain[0]] for place in plain):
@@ -314,11 +314,11 @@ class Decoder:
         for prompt, history, behind in zip(prompts, histories, forced or [()] * len(prompts), strict=True):
             known: tuple[Snapshot | None, int] = head, shared
             kept: int | None = None
-            if isinstance(prompt, ReadPrompt):
+            if isinstance(prompt, PrefilledPrompt):
                 known = prompt.states, len(prompt.token_ids)
             elif self._aligned:
                 known, kept = self._whole_passes(forward, prompt, history, cancelled)
-            if not self._aligned and (behind or not isinstance(prompt, ReadPrompt)):
+            if not self._aligned and (behind or not isinstance(prompt, PrefilledPrompt)):
                 found = self.prefixes.find([*prompt_tokens(prompt), *behind][:-1], history)
                 known = found if found[1] > known[1] else known
             states.append(known[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loragen_agents.adapter.updates import DownUpdates
-from loragen_agents.edge.completion import Completion, FinishReason, ReadPrompt, prompt_tokens
+from loragen_agents.edge.completion import Completion, FinishReason, PrefilledPrompt, prompt_tokens
 from loragen_agents.edge.feeding import feed, updated_layers
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
 from loragen_agents.edge.kv_cache import extended
@@ -30,7 +30,7 @@ class GeneratedSequence:
     def __init__(
         self,
         decoder: "Decoder",
-        prompt: Sequence[int] | ReadPrompt,
+        prompt: Sequence[int] | PrefilledPrompt,
         sampling: Sampling,
         grammar: ToolGrammar | None,
         updates: DownUpdates | None,
@@ -39,7 +39,7 @@ class GeneratedSequence:
         self.updates = updates
         self.history = (
             extended(prompt.history, len(prompt.token_ids), updates)
-            if isinstance(prompt, ReadPrompt)
+            if isinstance(prompt, PrefilledPrompt)
             else extended((), 0, updates)
         )
         self.limit = min(sampling.max_tokens, decoder._room(prompt))
@@ -136,7 +136,7 @@ class Run:
     def __init__(
         self,
         decoder: "Decoder",
-        prompts: Sequence[Sequence[int] | ReadPrompt],
+        prompts: Sequence[Sequence[int] | PrefilledPrompt],
         sampling: Sampling,
         grammars: Sequence[ToolGrammar | None],
         cancel: threading.Event | None,
@@ -174,7 +174,7 @@ class Run:
         pending, updates = [row.pending for row in self._rows], [row.updates for row in self._rows]
         logits = feed(self._forward, self._cache, pending, device, updates, self._cancelled)
         for row, scores in zip(self._rows, logits, strict=True):
-            if scores is None and isinstance(row.prompt, ReadPrompt) and not row.pending:
+            if scores is None and isinstance(row.prompt, PrefilledPrompt) and not row.pending:
                 scores = row.prompt.logits
             if scores is not None:
                 row.choose(scores)

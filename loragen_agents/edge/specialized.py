@@ -23,7 +23,7 @@ from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, ReadPrompt
+from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, PrefilledPrompt
 from loragen_agents.edge.forward import RuntimeName, chosen_runtime
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.held_arguments import can_be_held, held_arguments, narrowed
@@ -184,7 +184,7 @@ class SpecializedLM:
         if cancelled or tool_choice not in self.registry or self._argument_keys(tool_choice) is None:
             return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0)
         started = time.perf_counter()
-        read = self.decoder.read(prompt)
+        read = self.decoder.prefill(prompt)
         grammar = self._call_grammar(tool_choice, read)
         return ScoredPrompt(read, grammar, self._updates(tool_choice), None, time.perf_counter() - started)
 
@@ -195,7 +195,7 @@ class SpecializedLM:
             return None
         return self._parts.arguments(tool)
 
-    def _call_grammar(self, tool: str, read: ReadPrompt) -> ToolGrammar:
+    def _call_grammar(self, tool: str, read: PrefilledPrompt) -> ToolGrammar:
         """The grammar of a call of one tool, held to the arguments that the conversation gives."""
         keys = self._argument_keys(tool)
         if keys is None:
@@ -224,7 +224,7 @@ class SpecializedLM:
         """
         started = time.perf_counter()
         scorer = scorer or self.scorer
-        request = scorer.read(prompt)
+        request = scorer.prefill(prompt)
         tools = scorer(request)
         chosen = tools.best if tool_choice == "any" else tools.chosen
         grammar = self.grammar("none") if chosen is None else self._call_grammar(chosen, request.prompt)
@@ -271,7 +271,7 @@ class ScoredPrompt:
         seconds: what reading and choosing took.
     """
 
-    read: Sequence[int] | ReadPrompt
+    read: Sequence[int] | PrefilledPrompt
     grammar: ToolGrammar
     updates: DownUpdates | None
     tools: ToolProbabilities | None
@@ -279,7 +279,7 @@ class ScoredPrompt:
 
     def completed(self, completion: Completion) -> Completion:
         """The completion with the reading and choosing counted in."""
-        if not isinstance(self.read, ReadPrompt):
+        if not isinstance(self.read, PrefilledPrompt):
             return completion
         return replace(
             completion,

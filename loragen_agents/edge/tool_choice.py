@@ -13,7 +13,7 @@ import torch
 from loragen_agents.adapter.tool_keys import ToolKeys
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.react import ACTION, NO_TOOL, USE_TOOL, tool_step_head
-from loragen_agents.edge.decoding import Decoder, ReadPrompt
+from loragen_agents.edge.decoding import Decoder, PrefilledPrompt
 from loragen_agents.registry import ToolRegistry
 
 _CALL = USE_TOOL + ACTION
@@ -41,7 +41,7 @@ class ToolProbabilities:
 
 
 @dataclass(eq=False)
-class ReadRequest:
+class PrefilledRequest:
     """A prompt that was read for scoring.
 
     Attributes:
@@ -49,17 +49,17 @@ class ReadRequest:
         called: on to `Action:`.
     """
 
-    prompt: ReadPrompt
-    called: ReadPrompt
+    prompt: PrefilledPrompt
+    called: PrefilledPrompt
 
 
 class ToolScorer(Protocol):
     """Gives probabilities of the tools of one registry. Safe to use from several threads."""
 
-    def read(self, prompt: Sequence[int]) -> ReadRequest:
+    def prefill(self, prompt: Sequence[int]) -> PrefilledRequest:
         """Read a prompt that ends in `THOUGHT_QUESTION`, with all that scoring asks of it."""
 
-    def __call__(self, request: ReadRequest) -> ToolProbabilities:
+    def __call__(self, request: PrefilledRequest) -> ToolProbabilities:
         """Probabilities behind a request that `read` gave."""
 
 
@@ -77,12 +77,12 @@ class KeyScorer:
         self._keys = keys.to(decoder.model.device)
         self._call = renderer.encode_text(_CALL)
 
-    def read(self, prompt: Sequence[int]) -> ReadRequest:
+    def prefill(self, prompt: Sequence[int]) -> PrefilledRequest:
         """See `ToolScorer`."""
-        return ReadRequest(*self._decoder.read_parts([prompt, self._call], capture=self._keys.requests.layers))
+        return PrefilledRequest(*self._decoder.prefill_parts([prompt, self._call], capture=self._keys.requests.layers))
 
     @torch.no_grad()
-    def __call__(self, request: ReadRequest) -> ToolProbabilities:
+    def __call__(self, request: PrefilledRequest) -> ToolProbabilities:
         """See `ToolScorer`."""
         prompt, called = request.prompt.activations, request.called.activations
         assert prompt is not None and called is not None, "the request was read without its activations"
@@ -114,18 +114,18 @@ class NameScorer:
             behind = len(f"{_CALL} {name}")
             self._names.append([token for token, start in zip(ids, starts, strict=True) if start <= behind][head:])
 
-    def read(self, prompt: Sequence[int]) -> ReadRequest:
+    def prefill(self, prompt: Sequence[int]) -> PrefilledRequest:
         """See `ToolScorer`."""
-        return ReadRequest(*self._decoder.read_parts([prompt, self._call]))
+        return PrefilledRequest(*self._decoder.prefill_parts([prompt, self._call]))
 
     @torch.no_grad()
-    def __call__(self, request: ReadRequest) -> ToolProbabilities:
+    def __call__(self, request: PrefilledRequest) -> ToolProbabilities:
         """See `ToolScorer`."""
         yes, no = request.prompt.logits[[self._yes, self._no]].float()
         tools: list[float] = self._scores(request).softmax(dim=0).tolist()
         return ToolProbabilities((yes - no).sigmoid().item(), dict(zip(self._registry.names, tools, strict=True)))
 
-    def _scores(self, request: ReadRequest) -> torch.Tensor:
+    def _scores(self, request: PrefilledRequest) -> torch.Tensor:
         """Log-probabilities of the names; of hopeless ones that of their first token."""
         first = request.called.logits.float().log_softmax(dim=-1).cpu()
         bounds = first[[name[0] for name in self._names]]
@@ -140,12 +140,12 @@ class NameScorer:
             totals[places] = torch.tensor(names)
         return totals
 
-    def _read_name(self, request: ReadRequest, place: int) -> float:
+    def _read_name(self, request: PrefilledRequest, place: int) -> float:
         """Log-probability of the name at this place. Its step is read to the end: it is likely to be decoded next."""
         tokens = self._names[place]
         step = self._steps[self._registry.names[place]]
         parts = [[token] for token in step[: len(tokens) - 1]] + [step[len(tokens) - 1 :]]
-        reads = self._decoder.read_parts(parts, behind=request.called)
+        reads = self._decoder.prefill_parts(parts, behind=request.called)
         before = [request.called, *reads[:-1]]
         scores = torch.stack([read.logits for read in before]).float().log_softmax(dim=-1)
         return scores[range(len(tokens)), tokens].sum().item()

@@ -234,10 +234,10 @@ def test_random_weights_change_what_is_written(decoder: Decoder, tokenizer: PreT
     """The merged model of the benchmark is one that differs, not the base under another name."""
     prompt = chat(tokenizer, REQUESTS[0])
     decoder.prefixes.clear()
-    before = decoder.read(prompt)
+    before = decoder.prefill(prompt)
     with random_weights(decoder.model).merge_into(decoder.model):
-        merged = decoder.read(prompt)
-    restored = decoder.read(prompt)
+        merged = decoder.prefill(prompt)
+    restored = decoder.prefill(prompt)
     assert merged.cached_tokens == restored.cached_tokens == 0
     assert not torch.allclose(merged.logits, before.logits, atol=0.1)
     assert torch.equal(restored.logits, before.logits)

@@ -126,7 +126,7 @@ def test_values_are_the_same_in_batches_and_in_the_decoders_cache(start: tuple[s
     layers = [0, 1]
     for row, values in zip(rows, read_values(edge.model, layers, rows, max_tokens=64), strict=True):
         assert values.shape == (len(row), len(layers) * value_width(edge.model))
-        states = merged_decoder(edge, None).read(row).states
+        states = merged_decoder(edge, None).prefill(row).states
         assert torch.allclose(values, side_by_side(states.values(layers)), atol=1e-5)
 
 
@@ -178,7 +178,9 @@ def test_it_learns_which_arguments_a_request_gives(start: tuple[str, str], tmp_p
 
     def given(request: str) -> float:
         states = (
-            merged_decoder(edge, parts.shared).read(shared_renderer(edge.tokenizer).user_turn([Turn(request)])).states
+            merged_decoder(edge, parts.shared)
+            .prefill(shared_renderer(edge.tokenizer).user_turn([Turn(request)]))
+            .states
         )
         return keys.given(side_by_side(states.values(keys.reader.layers)))["day"]
 

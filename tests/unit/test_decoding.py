@@ -21,7 +21,7 @@ from transformers import (
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.edge import decoding
-from loragen_agents.edge.decoding import Completion, Decoder, ReadPrompt, Sampling
+from loragen_agents.edge.decoding import Completion, Decoder, PrefilledPrompt, Sampling
 from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.kv_cache import KVCache, PrefixStore
 from loragen_agents.edge.lean_forward import LeanForward, _linear_in_float32
@@ -320,17 +320,17 @@ def test_bf16_states_do_not_depend_on_what_was_read_before(family: str) -> None:
     prompt = PROMPTS[3] * 8
     assert len(prompt) > 2 * decoding._ALIGNED
 
-    def fresh() -> ReadPrompt:
+    def fresh() -> PrefilledPrompt:
         decoder.prefixes.clear()
-        return decoder.read(prompt)
+        return decoder.prefill(prompt)
 
     expected = fresh()
     assert expected.cached_tokens == 0
     # The same again: whole passes are not read anew, the rest is.
-    assert decoder.read(prompt).cached_tokens == len(prompt) // decoding._ALIGNED * decoding._ALIGNED
+    assert decoder.prefill(prompt).cached_tokens == len(prompt) // decoding._ALIGNED * decoding._ALIGNED
 
     def the_same() -> None:
-        found = decoder.read(prompt)
+        found = decoder.prefill(prompt)
         assert torch.equal(found.logits, expected.logits)
         for own, other in zip(found.states.layers, expected.states.layers, strict=True):
             assert torch.equal(own, other)
@@ -338,7 +338,7 @@ def test_bf16_states_do_not_depend_on_what_was_read_before(family: str) -> None:
     the_same()
     for length in (1, 5, 70, 128, 129, 200, len(prompt) - 1):
         decoder.prefixes.clear()
-        decoder.read(prompt[:length], pin=length == 200)
+        decoder.prefill(prompt[:length], pin=length == 200)
         the_same()
     # What was generated is read one token at a time, what a batch shares in wide passes.
     decoder.prefixes.clear()
@@ -550,7 +550,7 @@ def test_scores_are_summed_log_probabilities(family: str) -> None:
             places = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
             expected.append(sum(logits[place, token].item() for place, token in zip(places, continuation, strict=True)))
         assert decoder.score(prompt, continuations) == pytest.approx(expected, abs=1e-3)
-        assert decoder.score(decoder.read(prompt), continuations) == pytest.approx(expected, abs=1e-3)
+        assert decoder.score(decoder.prefill(prompt), continuations) == pytest.approx(expected, abs=1e-3)
     assert decoder.score(PROMPTS[0], []) == []
 
 
@@ -563,7 +563,7 @@ def test_scores_in_several_passes(monkeypatch: pytest.MonkeyPatch, llama: Decode
 
 def test_a_read_prompt_can_be_continued_any_number_of_times(llama: Decoder) -> None:
     decoder = Decoder(llama.model, TOKENIZER)
-    read = decoder.read(PROMPTS[0])
+    read = decoder.prefill(PROMPTS[0])
     assert torch.allclose(read.logits, llama.model(torch.tensor([PROMPTS[0]])).logits[0, -1], atol=1e-5)
     decoder.prefixes.clear()
     decoder.score(read, [[3, 4, 5]])
@@ -585,11 +585,11 @@ def test_parts_of_a_prompt_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch,
     parts = [PROMPTS[3], [7], [8, 9], PROMPTS[0]]
     layers = (0, 1)
     wholes = accumulate(parts, lambda before, part: [*before, *part])
-    one_by_one = [Decoder(model, TOKENIZER).read(whole, capture=layers) for whole in wholes]
-    decoder.read([*PROMPTS[3][:3], 60])
-    first, *others = decoder.read_parts(parts[:2], capture=layers)
+    one_by_one = [Decoder(model, TOKENIZER).prefill(whole, capture=layers) for whole in wholes]
+    decoder.prefill([*PROMPTS[3][:3], 60])
+    first, *others = decoder.prefill_parts(parts[:2], capture=layers)
     assert first.cached_tokens == min(3, len(PROMPTS[3]) - 1)
-    read = [first, *others, *decoder.read_parts(parts[2:], behind=others[-1], capture=layers)]
+    read = [first, *others, *decoder.prefill_parts(parts[2:], behind=others[-1], capture=layers)]
     for found, expected in zip(read, one_by_one, strict=True):
         assert found.token_ids == expected.token_ids
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
@@ -605,7 +605,7 @@ def test_impossible_prompts_are_refused(llama: Decoder) -> None:
     with pytest.raises(PromptError, match="no tokens"):
         llama.stream([])
     with pytest.raises(PromptError, match="no tokens"):
-        llama.read([])
+        llama.prefill([])
     model = tiny_model("llama")
     model.config.max_position_embeddings = 20
     short = Decoder(model, TOKENIZER)
@@ -642,16 +642,16 @@ def test_times_and_counts_are_reported(llama: Decoder) -> None:
 
 def test_store_keeps_the_recent_and_the_pinned(llama: Decoder) -> None:
     decoder = Decoder(llama.model, TOKENIZER, prefixes=PrefixStore(entries=2))
-    decoder.read([1, 2, 3, 4], pin=True)
+    decoder.prefill([1, 2, 3, 4], pin=True)
     for first in range(10, 15):
-        decoder.read([first, 6, 7])
+        decoder.prefill([first, 6, 7])
     assert len(decoder.prefixes) == 3
-    assert decoder.read([1, 2, 3, 4, 9]).cached_tokens == 4
-    assert decoder.read([14, 6, 7, 8]).cached_tokens == 3
-    assert decoder.read([10, 6, 7, 8]).cached_tokens == 0
+    assert decoder.prefill([1, 2, 3, 4, 9]).cached_tokens == 4
+    assert decoder.prefill([14, 6, 7, 8]).cached_tokens == 3
+    assert decoder.prefill([10, 6, 7, 8]).cached_tokens == 0
     # What a longer prefix contains is not kept twice.
     assert len(decoder.prefixes) == 3
-    states = decoder.read([20, 21]).states
+    states = decoder.prefill([20, 21]).states
     tight = PrefixStore(size=states.size)
     tight.add([20, 21], states)
     tight.add([30, 31], states)

@@ -134,7 +134,7 @@ def test_an_answer_ends_before_further_lines_of_a_step(monkeypatch):
     own = special.scorer
 
     class Decided:
-        read = staticmethod(own.read)
+        prefill = staticmethod(own.prefill)
 
         def __init__(self, calls: float) -> None:
             self.calls = calls

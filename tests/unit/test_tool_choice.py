@@ -42,7 +42,7 @@ def name_scores(special: SpecializedLM, request: str) -> list[float]:
 def test_probabilities_are_those_of_the_names(special):
     prompt = special.renderer.user_turn(TURNS)
     scorer = NameScorer(special.decoder, special.renderer, special.registry)
-    found = scorer(scorer.read(prompt))
+    found = scorer(scorer.prefill(prompt))
     expected = torch.tensor(name_scores(special, TURNS[0].request)).softmax(0)
     torch.testing.assert_close(torch.tensor(list(found.tools.values())), expected, atol=1e-3, rtol=1e-3)
     assert list(found.tools) == list(NAMES) and found.best == NAMES[int(expected.argmax())]
@@ -94,7 +94,7 @@ def test_a_request_is_compared_by_its_own_activations(special, tool, before):
     scorer = KeyScorer(special.decoder, special.renderer, special.registry, found)
     prompt = special.renderer.user_turn([*before, *TURNS])
     for _ in range(2):
-        read = scorer.read(prompt)
+        read = scorer.prefill(prompt)
         expected = activations(special, [*before, *TURNS])
         torch.testing.assert_close(read.prompt.activations, expected[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(read.called.activations, expected[1], atol=1e-5, rtol=1e-4)
@@ -106,7 +106,7 @@ def test_a_request_is_compared_by_its_own_activations(special, tool, before):
 
 def test_a_request_that_no_key_is_like_calls_no_tool(special):
     scorer = KeyScorer(special.decoder, special.renderer, special.registry, keys(special, "?", "ruler", none=30.0))
-    assert scorer(scorer.read(special.renderer.user_turn(TURNS))).chosen is None
+    assert scorer(scorer.prefill(special.renderer.user_turn(TURNS))).chosen is None
 
 
 def test_keys_choose_in_one_pass(special, monkeypatch):
@@ -124,7 +124,7 @@ def test_keys_choose_in_one_pass(special, monkeypatch):
     monkeypatch.setattr(special.decoder, "_forward", Watched)
     scorer = KeyScorer(special.decoder, special.renderer, special.registry, keys(special, "?", "ruler"))
     prompt = special.renderer.user_turn([Turn("A request that nobody has read")])
-    scorer(scorer.read(prompt))
+    scorer(scorer.prefill(prompt))
     assert counted == [len(prompt) + len(special.renderer.encode_text(" Yes\nAction:"))]
 
 
@@ -205,7 +205,7 @@ def test_names_that_cannot_win_are_not_read(special, monkeypatch):
     """A name far ahead is read alone; the others are read in one more pass where they could still be as likely."""
     passes = []
     scorer = NameScorer(special.decoder, special.renderer, special.registry)
-    read = scorer.read(special.renderer.user_turn(TURNS))
+    read = scorer.prefill(special.renderer.user_turn(TURNS))
     score = special.decoder.score
 
     def counted(behind, names):

@@ -74,8 +74,8 @@ def test_updates_do_what_merged_weights_do(model: PreTrainedModel) -> None:
     names = [[5, 6, 7], [8], [9, 10]]
     expected_scores = Decoder(merged, TOKENIZER).score(PROMPTS[0], names)
     assert decoder.score(PROMPTS[0], names, updates=updates) == pytest.approx(expected_scores, abs=1e-3)
-    read = decoder.read(PROMPTS[2], capture=(1, 2), updates=updates)
-    reference = Decoder(merged, TOKENIZER).read(PROMPTS[2], capture=(1, 2))
+    read = decoder.prefill(PROMPTS[2], capture=(1, 2), updates=updates)
+    reference = Decoder(merged, TOKENIZER).prefill(PROMPTS[2], capture=(1, 2))
     assert read.activations is not None and reference.activations is not None
     torch.testing.assert_close(read.activations, reference.activations, atol=1e-3, rtol=1e-3)
 
@@ -85,7 +85,7 @@ def test_updates_begin_behind_what_was_read_without_them(model: PreTrainedModel)
     merged, updates = merged_model(model, weights), DownUpdates.of(weights)
     decoder = Decoder(model, TOKENIZER)
     for _ in range(2):
-        read = decoder.read(PROMPTS[0])
+        read = decoder.prefill(PROMPTS[0])
         completion = decoder.generate([read], GREEDY, updates=updates)[0]
         assert completion.token_ids == continued(model, merged, PROMPTS[0])
         # What was written with the updates is in the store, and must not be used without them.
@@ -104,7 +104,7 @@ def test_prefixes_are_shared_only_where_they_were_read_alike(model: PreTrainedMo
     assert decoder.generate([prompt], GREEDY, updates=one)[0].cached_tokens == len(prompt) - 1
     assert decoder.generate([prompt], GREEDY, updates=other)[0].cached_tokens == 0
     assert decoder.generate([prompt], GREEDY)[0].cached_tokens == 0
-    read = decoder.read(prompt)
+    read = decoder.prefill(prompt)
     assert read.cached_tokens == len(prompt) - 1
     # Behind a read prompt, what other updates wrote before is not reused, what the same wrote is.
     registry = ToolRegistry(
@@ -113,7 +113,7 @@ def test_prefixes_are_shared_only_where_they_were_read_alike(model: PreTrainedMo
     grammar = ToolGrammar(registry, TOKENIZER, "ruler")
     for updates in (one, other, one):
         fresh = Decoder(model, TOKENIZER)
-        expected = fresh.generate([fresh.read(prompt)], Sampling(max_tokens=40), grammar, updates=updates)[0]
+        expected = fresh.generate([fresh.prefill(prompt)], Sampling(max_tokens=40), grammar, updates=updates)[0]
         assert decoder.generate([read], Sampling(max_tokens=40), grammar, updates=updates)[0].text == expected.text
 
 
@@ -152,7 +152,7 @@ def test_activations_are_captured_whatever_runs_the_model(model: PreTrainedModel
     with torch.no_grad():
         model(torch.tensor([PROMPTS[0]]))
     handle.remove()
-    read = Decoder(model, TOKENIZER).read(PROMPTS[0], capture=(1,))
+    read = Decoder(model, TOKENIZER).prefill(PROMPTS[0], capture=(1,))
     assert read.activations is not None
     torch.testing.assert_close(read.activations[0], seen[0][0, -1], atol=1e-4, rtol=1e-4)
 
