@@ -44,7 +44,7 @@ def test_int8_says_nearly_what_float32_says(in_float32: LanguageModel) -> None:
 
 
 def test_the_chat_model_calls_the_same_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = ("What is in image/a.png?", "Draw a cat on a red sofa.", "Good morning! How are you?")
+    requests = ("What colour is the car in image/a.png?", "Draw a cat on a red sofa.", "Good morning! How are you?")
     every = ToolRegistry.from_yaml(content_folder("tools") / "gpt4tools_seen.yaml")
     registry = ToolRegistry(list(every)[:4], input_format=every.input_format)
     calls = {}

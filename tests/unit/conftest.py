@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,15 @@ def nothing_is_fetched(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     return folder
 
 
-@pytest.fixture(autouse=True)
-def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def on_torch() -> Iterator[None]:
     """Unit tests compare exact numbers of tiny models, which int8 would change, and take less time than compiling one.
 
     Those of the runtimes themselves take `runtime`, or choose one; integration tests run on the default.
     """
-    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAGEN_AGENTS_RUNTIME", "torch")
+        yield
 
 
 @pytest.fixture(params=["torch", "openvino"])
