@@ -8,6 +8,7 @@ generator so far), `log.jsonl` (all rates) and TensorBoard logs.
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,6 +44,8 @@ from loragen_agents.training.run_data import RunData, as_batch
 
 logger = logging.getLogger(__name__)
 
+# Plenty: it takes a millisecond on a quiet machine.
+_LAST_TENSORS_SECONDS = 1.0
 # Scalars that a layer's maps are multiplied with: they learn faster than the maps.
 _SCALES = ("memory.scale", "memory.match_weight")
 
@@ -292,6 +295,8 @@ def _own_process_group(given: bool) -> Iterator[None]:
     yield
     if not given and torch.distributed.is_available() and torch.distributed.is_initialized():
         # A thread of gloo that still drops the tensors of its last gather needs the interpreter lock, which the group's
-        # destructor holds while it waits for that thread. The barrier gives the lock up until all of them are idle.
+        # destructor holds while it waits for that thread. The barrier gives the lock up until the gathers are done, and
+        # the pause until their tensors are dropped, also by a thread that a busy machine keeps waiting.
         torch.distributed.barrier()
+        time.sleep(_LAST_TENSORS_SECONDS)
         torch.distributed.destroy_process_group()
