@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from loragen_agents.adapter.argument_reader import Listed
 from loragen_agents.adapter.lora_weights import LoRAWeights
@@ -24,6 +25,7 @@ from loragen_agents.data.records import DataSet
 from loragen_agents.errors import DataError
 from loragen_agents.generator.argument_head import ArgumentHead, argument_kinds, read_arguments, read_values
 from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.registry import Tool
 from loragen_agents.support.progress import Progress, silent
 from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples, reworded
 from loragen_agents.training.argument_recipe import ArgumentRecipe
@@ -110,17 +112,12 @@ def read_examples(
 ) -> ReadExamples:
     """Read all requests and tools; arguments as `train_argument_head` has them."""
     model = merged_copy(edge, beside)
+    words = [_read_words(model, renderer, examples.tools, layers, progress)]
     rng = random.Random(0)
-    others = [reworded(tool, rng) for tool in examples.tools]
-    words = []
-    for worded in (examples.tools, *([tool for tool, _ in way] for way in zip(*others, strict=True))):
-        own: list[Tensor] = []
-        for begin in range(0, len(worded), _BLOCK):
-            progress(f"Reading the arguments of {len(worded)} tools", begin / len(worded))
-            own += read_arguments(model, renderer, worded[begin : begin + _BLOCK], layers)
-        words.append(own)
-    for way, own in enumerate(words[1:]):
-        words[1 + way] = [each[other[way][1]] for each, other in zip(own, others, strict=True)]
+    for way in zip(*(reworded(tool, rng) for tool in examples.tools), strict=True):
+        tools, places = zip(*way, strict=True)
+        read = _read_words(model, renderer, tools, layers, progress)
+        words.append([each[order] for each, order in zip(read, places, strict=True)])
     rows = [one.ids for one in examples.requests]
     starts = [0]
     for row in rows:
@@ -135,6 +132,17 @@ def read_examples(
         kept.array[starts[begin] : starts[end]] = block.half().cpu().numpy()
         kept.keep(starts[end])
     return ReadExamples(kept.array, starts, words)
+
+
+def _read_words(
+    model: PreTrainedModel, renderer: PromptRenderer, tools: Sequence[Tool], layers: Sequence[int], progress: Progress
+) -> list[Tensor]:
+    """As `read_arguments`, told how far it is."""
+    words: list[Tensor] = []
+    for begin in range(0, len(tools), _BLOCK):
+        progress(f"Reading the arguments of {len(tools)} tools", begin / len(tools))
+        words += read_arguments(model, renderer, tools[begin : begin + _BLOCK], layers)
+    return words
 
 
 @dataclass(frozen=True)
