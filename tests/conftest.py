@@ -1,5 +1,9 @@
 import os
+import sys
+import traceback
+import warnings
 from pathlib import Path
+from typing import TextIO
 
 # Side by side (`pytest -n 2`) every process has its share of the cores; set before torch is imported, and handed on to
 # the processes that tests start.
@@ -8,10 +12,32 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import pytest
+from _pytest.capture import EncodedFile
 
 from loragen_agents.models.language_models import LanguageModel, load_language_model
 
 INTEGRATION = Path(__file__).parent / "integration"
+
+
+def keep_open(stream: TextIO) -> None:
+    """Keep the file that pytest captures output with open to the end.
+
+    Closed by a test, or by something that it leaves to the garbage collector, it fails every later test and says
+    nothing of the one that did it. So closing it does nothing but warn, with the stack of whoever wanted to.
+    """
+
+    def close() -> None:
+        if sys._getframe(1).f_globals["__name__"] != "_pytest.capture":
+            by = "".join(traceback.format_stack(limit=8))
+            warnings.warn(f"would close pytest's {stream.name}:\n{by}", stacklevel=2)
+
+    for part in (stream, stream.buffer):
+        part.close = close  # type: ignore[method-assign]
+
+
+for captured in (sys.stdout, sys.stderr):
+    if isinstance(captured, EncodedFile):
+        keep_open(captured)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
