@@ -78,8 +78,10 @@ class ModelSession:
                 grammar = self.model.grammar() if self.variant.grammar else None
                 (completion,) = decoder.generate([prompt], self._sampling, grammar)
             else:
-                scored = self.model.score(prompt, scorer=self._scorer)
-                (completion,) = decoder.generate([scored.read], self._sampling, scored.grammar, updates=scored.updates)
+                scored = self.model.score(prompt, turns, scorer=self._scorer)
+                (completion,) = decoder.generate(
+                    [scored.read], self._sampling, scored.grammar, updates=scored.updates, copied=[scored.copied]
+                )
                 completion = scored.completed(completion)
         cost = TurnCost(
             completion.prompt_tokens,

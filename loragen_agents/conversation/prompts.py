@@ -90,6 +90,16 @@ class PromptRenderer:
         """The same prompt as text, for people. Tokenising it again is not safe: control tokens in it would be live."""
         return "".join(piece.text for piece in self._user_turn_pieces(turns))
 
+    def request_place(self, turns: Sequence[Turn]) -> tuple[int, int]:
+        """Where the last turn's request begins and ends in `user_turn_text`; the same place twice if it stands nowhere.
+
+        A template may change a request, and lines of it that begin like a step are quoted.
+        """
+        # Steps behind the request may hold its words again.
+        request = _quoted(turns[-1]).request
+        begin = self.user_turn_text([*turns[:-1], Turn(turns[-1].request)]).rfind(request)
+        return (0, 0) if begin < 0 else (begin, begin + len(request))
+
     def full_react(self, registry: ToolRegistry, turns: Sequence[Turn], system_text: str = "") -> list[int]:
         """Token ids of the baselines' prompt: definitions and conversation in one user turn, ending in the same place.
 

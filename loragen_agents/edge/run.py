@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge.completion import Completion, FinishReason, PrefilledPrompt, prompt_tokens
+from loragen_agents.edge.copying import CopiedValues
 from loragen_agents.edge.feeding import feed, updated_layers
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
 from loragen_agents.edge.kv_cache import extended
@@ -34,6 +35,7 @@ class GeneratedSequence:
         sampling: Sampling,
         grammar: ToolGrammar | None,
         updates: DownUpdates | None,
+        copied: CopiedValues | None = None,
     ) -> None:
         self.prompt = prompt
         self.updates = updates
@@ -46,6 +48,7 @@ class GeneratedSequence:
         self.sampling = sampling
         self.grammar = grammar
         self.matcher: GrammarMatcher | None = None
+        self.guide = None if copied is None else copied.guide()
         closing = () if grammar is None else (grammar.closing,)
         self.text = TextStream(decoder.tokenizer, prompt_tokens(prompt), sampling.stop, closing)
         self.stop_token_ids = decoder.stop_token_ids
@@ -80,6 +83,8 @@ class GeneratedSequence:
     def choose(self, logits: Tensor) -> None:
         """Take the next token by logits of shape (vocabulary,), and all that the grammar then forces."""
         scores = logits.to(torch.float32, copy=True)
+        if self.guide is not None:
+            self.guide.add(scores)
         if self.matcher is not None:
             self.matcher.mask(scores)
         token = pick(scores, self.sampling, self.generator)
@@ -100,6 +105,8 @@ class GeneratedSequence:
         for place, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self.pending.append(token)
+            if self.guide is not None:
+                self.guide.accept(token)
             if token not in self.stop_token_ids:
                 self.text.push(token)
             complete = self.matcher is not None and self.matcher.finished and place == len(tokens)
@@ -141,12 +148,13 @@ class Run:
         grammars: Sequence[ToolGrammar | None],
         cancel: threading.Event | None,
         updates: RowUpdates,
+        copied: Sequence[CopiedValues | None],
     ) -> None:
         self._decoder = decoder
         self._cancel = cancel
         self.sequences = [
-            GeneratedSequence(decoder, prompt, sampling, grammar, own)
-            for prompt, grammar, own in zip(prompts, grammars, updates, strict=True)
+            GeneratedSequence(decoder, prompt, sampling, grammar, own, values)
+            for prompt, grammar, own, values in zip(prompts, grammars, updates, copied, strict=True)
         ]
         self.ended = False
         self._rows = self.sequences

@@ -23,6 +23,7 @@ from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.edge.copying import CopiedValues, copied_types, copied_values
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, PrefilledPrompt
 from loragen_agents.edge.forward import RuntimeName, chosen_runtime
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
@@ -158,12 +159,12 @@ class SpecializedLM:
         if not grammar:
             return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            scored = self._unscored(prompt, tool_choice, cancel)
+            scored = self._unscored(prompt, turns, tool_choice, cancel)
         else:
-            scored = self.score(prompt, tool_choice)
+            scored = self.score(prompt, turns, tool_choice)
         if scored.grammar is self.grammar("none"):
             sampling = replace(sampling, stop=(*sampling.stop, *_BEHIND_ANSWER))
-        stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates)
+        stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates, scored.copied)
         return StepCompletionStream(stream, scored)
 
     def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice, cancel: threading.Event | None) -> bool:
@@ -177,7 +178,7 @@ class SpecializedLM:
         return sampling.temperature == 0 and len(self.registry) > 1
 
     def _unscored(
-        self, prompt: Sequence[int], tool_choice: ToolChoice, cancel: threading.Event | None
+        self, prompt: Sequence[int], turns: Sequence[Turn], tool_choice: ToolChoice, cancel: threading.Event | None
     ) -> "ScoredPrompt":
         """As `score`, where no tool has to be chosen: the prompt is read only if that tells more."""
         cancelled = cancel is not None and cancel.is_set()
@@ -185,23 +186,28 @@ class SpecializedLM:
             return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0)
         started = time.perf_counter()
         read = self.decoder.prefill(prompt)
-        grammar = self._call_grammar(tool_choice, read)
-        return ScoredPrompt(read, grammar, self._updates(tool_choice), None, time.perf_counter() - started)
+        grammar, copied = self._call(tool_choice, turns, read)
+        seconds = time.perf_counter() - started
+        return ScoredPrompt(read, grammar, self._updates(tool_choice), None, seconds, copied)
 
     def _argument_keys(self, tool: str) -> ArgumentKeys | None:
-        """What tells which arguments a request gives; None where the model alone decides."""
+        """What tells which arguments a request gives and where; None where the model alone decides."""
         # In csv inputs an argument is told by its place, so none can be left out before another.
-        if self._parts is None or self.registry.input_format == "csv" or not can_be_held(self.registry[tool]):
+        if self._parts is None or self.registry.input_format == "csv":
             return None
-        return self._parts.arguments(tool)
+        known = self.registry[tool]
+        return self._parts.arguments(tool) if can_be_held(known) or copied_types(known) else None
 
-    def _call_grammar(self, tool: str, read: PrefilledPrompt) -> ToolGrammar:
-        """The grammar of a call of one tool, held to the arguments that the conversation gives."""
+    def _call(self, tool: str, turns: Sequence[Turn], read: PrefilledPrompt) -> tuple[ToolGrammar, CopiedValues | None]:
+        """The grammar of a call of one tool, held to the arguments that the conversation gives, and their values."""
         keys = self._argument_keys(tool)
         if keys is None:
-            return self.grammar(tool)
-        given = keys.given(side_by_side(read.states.values(keys.reader.layers)))
-        return self._held(tool, *held_arguments(self.registry[tool], given))
+            return self.grammar(tool), None
+        found = keys.find(side_by_side(read.states.values(keys.reader.layers)))
+        known = self.registry[tool]
+        holds = can_be_held(known)
+        grammar = self._held(tool, *held_arguments(known, found.given)) if holds else self.grammar(tool)
+        return grammar, copied_values(known, turns, self.renderer, self._fast_tokenizer, found)
 
     def _updates(self, tool: str | None) -> DownUpdates | None:
         if self._parts is None or tool is None or tool not in self.registry:
@@ -211,6 +217,7 @@ class SpecializedLM:
     def score(
         self,
         prompt: Sequence[int],
+        turns: Sequence[Turn],
         tool_choice: ToolChoice = "auto",
         *,
         scorer: ToolScorer | None = None,
@@ -219,6 +226,7 @@ class SpecializedLM:
 
         Args:
             prompt: ends in `THOUGHT_QUESTION`.
+            turns: the conversation in it.
             tool_choice: "auto" or "any".
             scorer: in place of the model's own.
         """
@@ -227,9 +235,12 @@ class SpecializedLM:
         request = scorer.prefill(prompt)
         tools = scorer(request)
         chosen = tools.best if tool_choice == "any" else tools.chosen
-        grammar = self.grammar("none") if chosen is None else self._call_grammar(chosen, request.prompt)
-        updates = None if chosen is None else self._updates(chosen)
-        return ScoredPrompt(request.prompt, grammar, updates, tools, time.perf_counter() - started)
+        if chosen is None:
+            grammar, copied, updates = self.grammar("none"), None, None
+        else:
+            grammar, copied = self._call(chosen, turns, request.prompt)
+            updates = self._updates(chosen)
+        return ScoredPrompt(request.prompt, grammar, updates, tools, time.perf_counter() - started, copied)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.
@@ -269,6 +280,7 @@ class ScoredPrompt:
         updates: what runs beside the model while the step is written.
         tools: None where no tool had to be chosen.
         seconds: what reading and choosing took.
+        copied: what the request has of the call's values.
     """
 
     read: Sequence[int] | PrefilledPrompt
@@ -276,6 +288,7 @@ class ScoredPrompt:
     updates: DownUpdates | None
     tools: ToolProbabilities | None
     seconds: float
+    copied: CopiedValues | None = None
 
     def completed(self, completion: Completion) -> Completion:
         """The completion with the reading and choosing counted in."""

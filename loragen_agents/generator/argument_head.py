@@ -1,8 +1,9 @@
-"""The argument head: which arguments of the chosen tool a request gives, learnt on the frozen edge LM's values.
+"""The argument head: which arguments of the chosen tool a request gives and where, learnt on the edge LM's values.
 
 A tool's arguments are read by the same model as requests are, in words and with the expert weights in place. The
 values that it keeps of an argument's words, averaged, become the argument's vector by one linear map; `ArgumentReader`
-compares it with the values of a request's tokens. What is given is then written by the model (no part of the paper).
+compares it with the values of a request's tokens. What is given is then written by the model, which hears where it may
+stand in the request. Not part of the paper.
 
 `ArgumentHead` is the learnt part; `ArgumentIndexer` reads tools with the edge LM.
 """
@@ -43,7 +44,7 @@ class ArgumentHead(nn.Module):
     Args:
         layers: edge layers whose values are read, in order.
         value_width: of one layer's values, over all heads.
-        width: of each half of a vector.
+        width: of each part of a vector.
         hidden: as `ArgumentReader` takes it.
     """
 
@@ -56,10 +57,10 @@ class ArgumentHead(nn.Module):
         size = value_width * len(self.reader.layers)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
-        self.argument_map = nn.Linear(size, 2 * width)
+        self.argument_map = nn.Linear(size, 4 * width)
 
     def vectors(self, words: Tensor) -> Tensor:
-        """Vectors of arguments, with shape (..., 2 · width).
+        """Vectors of arguments, with shape (..., 4 · width).
 
         Args:
             words: mean values of each argument's words, with shape (..., layers · value width).

@@ -20,7 +20,7 @@ from loragen_agents.models.fingerprints import file_sha256
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.support.files import read_json_object, replacing
 
-FORMAT, VERSION = "loragen-agents generator", 6
+FORMAT, VERSION = "loragen-agents generator", 7
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "default"
 
 _DESCRIPTION_FILE = "generator.json"

@@ -25,7 +25,7 @@ class GeneratorConfig:
         head_width: numbers that each layer and place gives to a tool's vector (see `ToolHead`).
         argument_layers: in how many of the edge LM's layers the argument head looks, every second one of the last; 0 is
             no such head: the model alone decides which arguments it gives.
-        argument_width: numbers in each half of an argument's vector (see `ArgumentReader`).
+        argument_width: numbers in each part of an argument's vector (see `ArgumentReader`).
         argument_hidden: numbers that it brings a request's token to, a multiple of 4.
 
     Raises:

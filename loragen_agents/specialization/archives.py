@@ -30,7 +30,7 @@ from loragen_agents.models.language_models import LanguageModel, gated_ffn_layer
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.specialize import Specialization
 
-_FORMAT = 3
+_FORMAT = 4
 _MANIFEST = "specialization.json"
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _SHARED = "shared/"

@@ -30,11 +30,13 @@ class ArgumentExample:
         stands: of each token, `NONE`, `UNKNOWN`, or 1 + the place of the argument whose value it belongs to.
         tool: index of the tool.
         given: whether the call gives each argument.
+        request: the first token of the request, and the one behind its last.
         source, split: where it is from.
     """
 
     ids: list[int]
     stands: list[int]
+    request: tuple[int, int]
     tool: int
     given: tuple[bool, ...]
     source: str
@@ -73,9 +75,9 @@ def build_argument_examples(data: DataSet, renderer: PromptRenderer, recipe: Arg
 
     def add(turns: Sequence[Turn], call: Call, row: CallRecord) -> None:
         tool = tools[call.tool]
-        ids, stands = token_labels(renderer, turns, tool, call.arguments)
+        ids, stands, request = token_labels(renderer, turns, tool, call.arguments)
         given = tuple(name in call.arguments for name in tool.argument_names)
-        made.append(ArgumentExample(ids, stands, place[call.tool], given, row.source, row.split))
+        made.append(ArgumentExample(ids, stands, request, place[call.tool], given, row.source, row.split))
 
     for rows in chosen.values():
         for row, number in rows:
@@ -133,21 +135,21 @@ def reworded(tool: Tool, rng: random.Random) -> list[tuple[Tool, list[int]]]:
 
 def token_labels(
     renderer: PromptRenderer, turns: Sequence[Turn], tool: Tool, arguments: Mapping[str, Any]
-) -> tuple[list[int], list[int]]:
-    """Tokens of an open conversation's prompt, and what each stands for, as in `ArgumentExample`.
+) -> tuple[list[int], list[int], tuple[int, int]]:
+    """Tokens of an open conversation's prompt, what each stands for, and the request's, as in `ArgumentExample`.
 
     A value is looked for in the last request as it is written, case aside; its first place counts, and others are
     unknown. Where a value is not found, as one that was converted, nobody knows of the other tokens whether they stand
     for it.
     """
     ids, text, starts = renderer.user_turn_with_starts(turns)
-    request = turns[-1].request
-    # Steps behind the request may hold its words again.
-    begin = renderer.user_turn_text([*turns[:-1], Turn(request)]).rfind(request)
-    end = begin + len(request)
+    begin, end = renderer.request_place(turns)
     folded = text.casefold()
-    if begin < 0 or len(folded) != len(text):
-        return ids, [UNKNOWN] * len(ids)
+    ends = [*starts[1:], len(text)]
+    inside = [n for n in range(len(ids)) if starts[n] < end and ends[n] > begin]
+    place = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    if begin == end or len(folded) != len(text):
+        return ids, [UNKNOWN] * len(ids), place
     found: list[tuple[int, int, int]] = []  # begin, end, label
     whole = True
     for number, name in enumerate(tool.argument_names, 1):
@@ -159,14 +161,13 @@ def token_labels(
             found += [(*other, UNKNOWN) for other in places[1:]]
         whole = whole and (bool(values) or name not in arguments)
     rest = NONE if whole else UNKNOWN
-    ends = [*starts[1:], len(text)]
     stands = [rest] * len(ids)
     for first, last, label in sorted(found, key=lambda span: span[2] != UNKNOWN):
         for index in range(len(ids)):
             if starts[index] < last and ends[index] > first:
                 stands[index] = label
     # The prompt's own tokens come in every request.
-    return ids, [label if begin <= starts[n] < end else UNKNOWN for n, label in enumerate(stands)]
+    return ids, [label if begin <= starts[n] < end else UNKNOWN for n, label in enumerate(stands)], place
 
 
 def _texts(value: Any) -> Sequence[str]:

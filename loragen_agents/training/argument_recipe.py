@@ -12,7 +12,7 @@ class ArgumentRecipe(HeadRunRecipe):
 
     trains: Literal["argument head"] = "argument head"
     argument_layers: int = Field(11, ge=1, description="in how many of the edge LM's layers the head looks")
-    argument_width: int = Field(128, ge=1, description="numbers in each half of an argument's vector")
+    argument_width: int = Field(128, ge=1, description="numbers in each part of an argument's vector")
     argument_hidden: int = Field(192, ge=4, multiple_of=4, description="numbers that a request's token is brought to")
     requests: int = Field(30, ge=1, description="requests of each tool, at most")
     of_source: int = Field(3000, ge=1, description="requests of each source, at most")
@@ -25,5 +25,6 @@ class ArgumentRecipe(HeadRunRecipe):
     reworded: float = Field(0.67, ge=0, le=1, description="share of tools that are read by other words than their own")
     dropout: float = Field(0.4, ge=0, lt=1)
     token_weight: float = Field(0.5, ge=0, description="weight of the loss on what each token stands for")
+    span_weight: float = Field(0.3, ge=0, description="weight of the loss on where each value begins and ends")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)

@@ -1,7 +1,7 @@
 """Trains the argument head of a generator, alone and behind the experts: minutes on a CPU, half of them for reading.
 
-A step draws requests with the tools that they call; the losses are on whether each argument is given, and on what each
-token stands for. Everything but the head stands still.
+A step draws requests with the tools that they call; the losses are on whether each argument is given, on what each
+token stands for, and on where each value begins and ends. Everything but the head stands still.
 """
 
 import logging
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loragen_agents.adapter.argument_reader import Listed
+from loragen_agents.adapter.argument_reader import FoundArguments, Listed, Reading
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.renderers import shared_renderer
@@ -27,7 +27,7 @@ from loragen_agents.generator.argument_head import ArgumentHead, argument_kinds,
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import Tool
 from loragen_agents.support.progress import Progress, silent
-from loragen_agents.training.argument_examples import UNKNOWN, ArgumentExamples, build_argument_examples, reworded
+from loragen_agents.training.argument_examples import NONE, UNKNOWN, ArgumentExamples, build_argument_examples, reworded
 from loragen_agents.training.argument_recipe import ArgumentRecipe
 from loragen_agents.training.head_runs import (
     data_of,
@@ -203,19 +203,41 @@ def fit_argument_head(
     head.eval()
 
 
-def _backward(
-    head: ArgumentHead, batch: tuple[Tensor, Tensor, Listed, Tensor, Tensor], recipe: ArgumentRecipe, share: float
-) -> float:
+@dataclass(frozen=True)
+class _Batch:
+    """Drawn requests as tensors; the first three as `ArgumentReader` takes them.
+
+    Attributes:
+        given: whether each argument is given, as a number, with shape (requests, arguments).
+        stands: what each token stands for, with shape (requests, tokens).
+        begins, ends: where each argument's value begins and ends in the request, counted from 1; 0 where it does not
+            stand there. Shape (requests, arguments).
+    """
+
+    values: Tensor
+    present: Tensor
+    listed: Listed
+    given: Tensor
+    stands: Tensor
+    begins: Tensor
+    ends: Tensor
+
+
+def _backward(head: ArgumentHead, batch: _Batch, recipe: ArgumentRecipe, share: float) -> float:
     """Add the gradients of a batch, which is a share of its step's requests; returns its part of the loss."""
-    values, present, listed, given, stands = batch
-    tokens, logits = head.reader(values, present, listed)
+    listed = batch.listed
+    found: Reading = head.reader(batch.values, batch.present, listed)
     learnt = listed.present & (~listed.required | (torch.rand(listed.present.shape) < recipe.required))
     parts = []
     if learnt.any():
-        parts.append(F.binary_cross_entropy_with_logits(logits[learnt], given[learnt]))
-    if (stands != UNKNOWN).any():
-        told = F.cross_entropy(tokens.flatten(0, 1), stands.flatten(), ignore_index=UNKNOWN)
+        parts.append(F.binary_cross_entropy_with_logits(found.given[learnt], batch.given[learnt]))
+    if (batch.stands != UNKNOWN).any():
+        told = F.cross_entropy(found.stands.flatten(0, 1), batch.stands.flatten(), ignore_index=UNKNOWN)
         parts.append(recipe.token_weight * told)
+    if listed.present.any():
+        begins = F.nll_loss(found.begins[listed.present], batch.begins[listed.present])
+        ends = F.nll_loss(found.ends[listed.present], batch.ends[listed.present])
+        parts.append(recipe.span_weight / 2 * (begins + ends))
     if not parts:
         return 0.0
     loss = share * torch.stack(parts).sum()
@@ -282,8 +304,7 @@ class _Batches:
         self.read, self.examples = read, examples
         self.kinds = [argument_kinds(tool) for tool in examples.tools]
 
-    def __call__(self, head: ArgumentHead, drawn: Sequence[_Drawn]) -> tuple[Tensor, Tensor, Listed, Tensor, Tensor]:
-        """Values, which tokens are there, the arguments listed, which of them are given, what tokens stand for."""
+    def __call__(self, head: ArgumentHead, drawn: Sequence[_Drawn]) -> _Batch:
         rows = len(drawn)
         width = max(len(one.stands) for one in drawn)
         most = max(len(one.listed) for one in drawn)
@@ -294,6 +315,7 @@ class _Batches:
         kinds = torch.zeros(rows, most, dtype=torch.long)
         required, there = torch.zeros(rows, most, dtype=torch.bool), torch.zeros(rows, most, dtype=torch.bool)
         given = torch.zeros(rows, most)
+        begins, ends = torch.zeros(rows, most, dtype=torch.long), torch.zeros(rows, most, dtype=torch.long)
         for row, one in enumerate(drawn):
             start, length, count = self.read.starts[one.index], len(one.stands), len(one.listed)
             values[row, :length] = torch.from_numpy(self.read.values[start : start + length].astype(np.float32))
@@ -305,26 +327,54 @@ class _Batches:
             there[row, :count] = True
             required[row, :count] = torch.tensor(one.required, dtype=torch.bool)
             given[row, :count] = torch.tensor(one.given, dtype=torch.float)
-        return values, present, Listed(head.vectors(words), kinds, required, there), given, stands
+            for place, (first, last) in _stretches(one.stands).items():
+                begins[row, place], ends[row, place] = 1 + first, 1 + last
+        return _Batch(values, present, Listed(head.vectors(words), kinds, required, there), given, stands, begins, ends)
+
+
+def _stretches(stands: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """The first and last token of each argument's value, by the argument's place; of a list, of its first value."""
+    found: dict[int, tuple[int, int]] = {}
+    for index, label in enumerate(stands):
+        if label <= NONE:
+            continue
+        first, last = found.get(label - 1, (index, index - 1))
+        if last == index - 1:
+            found[label - 1] = first, index
+    return found
 
 
 @torch.no_grad()
 def argument_scores(head: ArgumentHead, read: ReadExamples, examples: ArgumentExamples) -> dict[str, float]:
-    """On the dev requests: shares of requests all of whose optional arguments are told right, by source, and others."""
+    """Shares of dev requests whose optional arguments are all told right, of values found in place, and others."""
     batches = _Batches(read, examples)
     dev = [n for n, one in enumerate(examples.requests) if one.split == "dev"]
     right: dict[str, list[bool]] = defaultdict(list)
     for begin in range(0, len(dev), 64):
         drawn = [_plain(examples, index) for index in dev[begin : begin + 64]]
-        values, present, listed, given, stands = batches(head, drawn)
-        tokens, logits = head.reader(values, present, listed)
-        told = (logits > 0) == (given > 0)
-        optional = listed.present & ~listed.required
+        batch = batches(head, drawn)
+        found: Reading = head.reader(batch.values, batch.present, batch.listed)
+        told = (found.given > 0) == (batch.given > 0)
+        optional = batch.listed.present & ~batch.listed.required
         for row, one in enumerate(drawn):
+            source = examples.requests[one.index].source
             if optional[row].any():
-                source = examples.requests[one.index].source
                 right[f"all_{source}"].append(bool(told[row][optional[row]].all()))
+            right[f"copied_{source}"] += _copied(found, row, one, examples.requests[one.index].request)
         right["each"] += told[optional].tolist()
-        known = stands != UNKNOWN
-        right["token"] += (tokens.argmax(dim=-1) == stands)[known].tolist()
+        known = batch.stands != UNKNOWN
+        right["token"] += (found.stands.argmax(dim=-1) == batch.stands)[known].tolist()
     return {name: round(sum(values) / len(values), 4) for name, values in sorted(right.items()) if values}
+
+
+def _copied(found: Reading, row: int, drawn: _Drawn, request: tuple[int, int]) -> list[bool]:
+    """Of each value that stands in a request, whether its very tokens are the likeliest stretch of the request's."""
+    tokens = range(*request)
+    one = Reading(*(part[row : row + 1] for part in vars(found).values()))
+    names = {str(place): 0.0 for place in range(len(drawn.listed))}
+    right = []
+    for place, stretch in _stretches(drawn.stands).items():
+        spans, _ = FoundArguments(names, one).spans(str(place), tokens, tokens)
+        first, last = divmod(int(spans.argmax()), len(tokens))
+        right.append((tokens[first], tokens[last]) == stretch)
+    return right

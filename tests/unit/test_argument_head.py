@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from loragen_agents.adapter.argument_reader import ArgumentKind, ArgumentReader, Listed, side_by_side
+from loragen_agents.adapter.argument_reader import (
+    ArgumentKind,
+    ArgumentReader,
+    FoundArguments,
+    Listed,
+    Reading,
+    side_by_side,
+)
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.conversation.renderers import shared_renderer
@@ -70,7 +77,8 @@ def trained(start: tuple[str, str], folder: Path, given: DataSet | None = None, 
 def labels(text: str, tool: Tool, **arguments: Any) -> dict[int, str]:
     """What the tokens of a request stand for, as the text of each label."""
     renderer = shared_renderer(load_language_model(EDGE[0]).tokenizer)
-    ids, stands = token_labels(renderer, [Turn(text)], tool, arguments)
+    ids, stands, (begin, end) = token_labels(renderer, [Turn(text)], tool, arguments)
+    assert renderer.encode_text(text)[0] == ids[begin] and set(stands[:begin] + stands[end:]) == {UNKNOWN}
     _, prompt, starts = renderer.user_turn_with_starts([Turn(text)])
     ends = [*starts[1:], len(prompt)]
     found: dict[int, str] = {}
@@ -143,15 +151,31 @@ def test_padding_changes_nothing_and_tokens_see_what_is_behind_them() -> None:
     torch.manual_seed(0)
     reader = ArgumentReader([0], 6, width=8, hidden=16).eval()
     kinds, required = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
-    listed = Listed(torch.randn(2, 3, 16), kinds, required, ~required)
+    listed = Listed(torch.randn(2, 3, 32), kinds, required, ~required)
     values = torch.randn(2, 9, 6)
     present = torch.arange(9) < torch.tensor([[4], [9]])
-    stands, given = reader(values, present, listed)
+    read = reader(values, present, listed)
     first = Listed(listed.vectors[:1], kinds[:1], required[:1], ~required[:1])
     alone = reader(values[:1, :4], present[:1, :4], first)
-    assert torch.allclose(stands[:1, :4], alone[0], atol=1e-5) and torch.allclose(given[:1], alone[1], atol=1e-5)
+    assert torch.allclose(read.stands[:1, :4], alone.stands, atol=1e-5)
+    assert torch.allclose(read.given[:1], alone.given, atol=1e-5)
+    assert torch.allclose(read.begins[:1, :, :5], alone.begins, atol=1e-5)
+    assert torch.allclose(read.ends[:1, :, :5], alone.ends, atol=1e-5)
+    assert torch.allclose(alone.begins.exp().sum(dim=-1), torch.ones(1, 3))
     values[1, 8] += 1.0
-    assert not torch.allclose(stands[1, 2], reader(values, present, listed)[0][1, 2], atol=1e-6)
+    assert not torch.allclose(read.stands[1, 2], reader(values, present, listed).stands[1, 2], atol=1e-6)
+
+
+def test_stretches_share_the_probability_with_none_of_them() -> None:
+    torch.manual_seed(0)
+    parts = {"stands": torch.randn(1, 5, 3), "given": torch.randn(1, 2), "inside": torch.randn(1, 2, 5)}
+    ends, begins = torch.randn(2, 1, 2, 6).log_softmax(dim=-1)
+    found = FoundArguments({"a": 0.5, "b": 0.5}, Reading(begins=begins, ends=ends, **parts))
+    spans, absent = found.spans("b", [0, 3], [1, 2, 4])
+    assert torch.isinf(spans[1, :2]).all() and torch.isfinite(spans[0]).all() and torch.isfinite(spans[1, 2])
+    assert float(spans.exp().sum()) + float(torch.tensor(absent).exp()) == pytest.approx(1.0)
+    odds = begins[0, 1, 1] + ends[0, 1, 3] + 0.3 * parts["inside"][0, 1, :3].sum() - begins[0, 1, 0] - ends[0, 1, 0]
+    assert float(spans[0, 1] - absent) == pytest.approx(float(odds), abs=1e-5)
 
 
 def test_a_tool_is_read_in_other_words_too() -> None:
@@ -168,7 +192,8 @@ def test_a_tool_is_read_in_other_words_too() -> None:
 def test_it_learns_which_arguments_a_request_gives(start: tuple[str, str], tmp_path: Path) -> None:
     edge = load_language_model(start[0], dtype="float32")
     generator = LoRAGenerator.load(trained(start, tmp_path), None, edge)
-    assert generator.notes["argument_head"]["all_t"] >= 0.8  # half of the requests name a day
+    scores = generator.notes["argument_head"]
+    assert scores["all_t"] >= 0.8 and scores["copied_t"] >= 0.6  # half of them name a day
     registry = ToolRegistry(
         [Tool(name=t.name, description=t.description, parameters=t.parameters) for t in data().tools.values()]
     )
@@ -182,7 +207,7 @@ def test_it_learns_which_arguments_a_request_gives(start: tuple[str, str], tmp_p
             .prefill(shared_renderer(edge.tokenizer).user_turn([Turn(request)]))
             .states
         )
-        return keys.given(side_by_side(states.values(keys.reader.layers)))["day"]
+        return keys.find(side_by_side(states.values(keys.reader.layers))).given["day"]
 
     assert given("plants in Bern on Sunday?") > given("plants in Bern?")
 
@@ -253,8 +278,11 @@ class _Keys:
         self._given, self.reader = given, self
         self.layers = (0,)
 
-    def given(self, values: torch.Tensor) -> dict[str, float]:
-        return self._given
+    def find(self, values: torch.Tensor) -> FoundArguments:
+        count, tokens = len(self._given), len(values)
+        places = torch.zeros(1, count, 1 + tokens).log_softmax(dim=-1)
+        stands, inside = torch.zeros(1, tokens, 1 + count), torch.zeros(1, count, tokens)
+        return FoundArguments(self._given, Reading(stands, torch.zeros(1, count), places, places, inside))
 
 
 @pytest.mark.parametrize("input_format", ["json", "csv"])
@@ -268,9 +296,9 @@ def test_calls_are_held_to_what_the_reader_finds(start: tuple[str, str], choice:
         edge, RegistryWeights(made.shared, made.keys, made.combined, None, lambda _: found), registry
     )
     turns = [Turn("a table for 4 in Rome")]
-    grammar = special.score(special.renderer.user_turn(turns), "any").grammar
+    grammar = special.score(special.renderer.user_turn(turns), turns, "any").grammar
     if choice != "auto":
-        grammar = special._unscored(special.renderer.user_turn(turns), choice, None).grammar
+        grammar = special._unscored(special.renderer.user_turn(turns), turns, choice, None).grammar
     written = '{"place": "a", "people": 4}'
     refused = ['{"place": "a"}', '{"place": "a", "people": 4, "day": "today"}']
     if input_format == "csv":

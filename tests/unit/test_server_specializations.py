@@ -117,7 +117,10 @@ def test_an_archive_decodes_as_what_was_packed(made, edge):
         ours, theirs = made.parts.arguments("drop"), read.parts.arguments("drop")
         assert ours is not None and theirs is not None
         values = torch.randn(5, ours.reader.mean.numel())
-        assert theirs.given(values) == pytest.approx(ours.given(values)) and set(ours.names) == {"number", "loud"}
+        assert theirs.find(values).given == pytest.approx(ours.find(values).given) and set(ours.names) == {
+            "number",
+            "loud",
+        }
 
 
 def test_an_archive_is_a_peft_folder(made, edge, tmp_path):
