@@ -12,6 +12,7 @@ Knows tokens, words and probabilities; no models.
 """
 
 import json
+import math
 import re
 import weakref
 from bisect import bisect_right
@@ -32,6 +33,8 @@ from loragen_agents.registry import Tool
 _WEIGHT = 1.5
 # How much less likely than the reader says the model's own words are, and the least that they ever are.
 _OWN_WORDS, _LEAST_OWN = -4.0, -12.0
+# What a call gives seldom stands nowhere in the request, and a model's own words for it are worse than some of its.
+_MOST_ABSENT = 0.8
 # Words may after all be the value of two arguments.
 _EXCLUSIVE = 0.9
 _ROUNDS = 4
@@ -44,7 +47,7 @@ _LONGEST = 40  # words
 _PLAIN = {"type", "title", "description", "default", "examples", "minimum", "maximum"}
 # Behind the name of a property.
 _NAMED = re.compile(r'"((?:[^"\\]|\\.)*)":$')
-_WORD = re.compile(r"[^\s/\-]+")
+_WORD, _PART = re.compile(r"\S+"), re.compile(r"[^/\-]+")
 _NUMBERS = {"integer": re.compile(r"\d+"), "number": re.compile(r"\d+(\.\d+)?")}
 _POSSESSIVE = ("'s", "\N{RIGHT SINGLE QUOTATION MARK}s")
 _AROUND_WORDS = ".,!?;:\"'()[]"
@@ -108,14 +111,18 @@ class RequestText:
 
     @cached_property
     def words(self) -> tuple[list[int], list[int]]:
-        """Where a value may begin and where it may end, in characters: at words, and before a possessive `'s`."""
+        """Where a value may begin and where it may end, in characters.
+
+        At words, at parts of them between slashes and hyphens, and before a possessive `'s`.
+        """
         begins, ends = [], []
         for found in _WORD.finditer(self.text, self.begin, self.end):
-            word = found.group()
-            core = word.strip(_AROUND_WORDS)
+            core = found.group().strip(_AROUND_WORDS)
             if core:
-                begins.append(found.start() + word.index(core))
-                ends.append(begins[-1] + len(core))
+                first = found.start() + found.group().index(core)
+                parts = [match.span() for match in _PART.finditer(core)]
+                begins += sorted({first, *(first + begin for begin, _ in parts)})
+                ends += sorted({first + len(core), *(first + end for _, end in parts)})
                 if core.endswith(_POSSESSIVE) and len(core) > 2:
                     ends.append(ends[-1] - 2)
         return begins, ends
@@ -177,8 +184,9 @@ def _without(
         # Another value has words of this one unless it ends before it or begins behind it.
         overlap = other.sum(dim=1) @ begun.float() - (ended.float() @ other.sum(dim=0))[:, None]
         spans = spans + torch.log1p(-_EXCLUSIVE * overlap.clamp(0.0, 1.0))
-    whole = torch.cat([spans.flatten(), torch.tensor([absent])]).logsumexp(dim=0)
-    return spans - whole, absent - float(whole)
+    # That the value does not stand there at all is not for other arguments to say.
+    absent = min(absent, math.log(_MOST_ABSENT))
+    return spans - spans.logsumexp(dim=(0, 1)) + math.log(-math.expm1(absent)), absent
 
 
 @dataclass(frozen=True)
