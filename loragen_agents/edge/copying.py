@@ -33,6 +33,8 @@ from loragen_agents.registry import Tool
 _WEIGHT = 1.5
 # How much less likely than the reader says the model's own words are, and the least that they ever are.
 _OWN_WORDS, _LEAST_OWN = -4.0, -12.0
+# Each token that is written as the request has it makes it less likely that the model's own words begin so by chance.
+_SETTLES = 0.5
 # What a call gives seldom stands nowhere in the request, and a model's own words for it are worse than some of its.
 _MOST_ABSENT = 0.8
 # Words may after all be the value of two arguments.
@@ -50,7 +52,7 @@ _NAMED = re.compile(r'"((?:[^"\\]|\\.)*)":$')
 _WORD, _PART = re.compile(r"\S+"), re.compile(r"[^/\-]+")
 _NUMBERS = {"integer": re.compile(r"\d+"), "number": re.compile(r"\d+(\.\d+)?")}
 _POSSESSIVE = ("'s", "\N{RIGHT SINGLE QUOTATION MARK}s")
-_AROUND_WORDS = ".,!?;:\"'()[]"
+_AROUND_WORDS, _BRACKETS = ".,!?;:\"'", "()[]{}"
 _AROUND_NUMBERS = "$%#\N{EURO SIGN}\N{POUND SIGN}"
 
 
@@ -113,19 +115,20 @@ class RequestText:
     def words(self) -> tuple[list[int], list[int]]:
         """Where a value may begin and where it may end, in characters.
 
-        At words, at parts of them between slashes and hyphens, and before a possessive `'s`.
+        At words with and without brackets, at parts of them between slashes and hyphens, and before a possessive `'s`.
         """
-        begins, ends = [], []
+        begins, ends = set[int](), set[int]()
         for found in _WORD.finditer(self.text, self.begin, self.end):
-            core = found.group().strip(_AROUND_WORDS)
-            if core:
+            for around in (_AROUND_WORDS, _AROUND_WORDS + _BRACKETS):
+                core = found.group().strip(around)
+                if not core:
+                    continue
                 first = found.start() + found.group().index(core)
-                parts = [match.span() for match in _PART.finditer(core)]
-                begins += sorted({first, *(first + begin for begin, _ in parts)})
-                ends += sorted({first + len(core), *(first + end for _, end in parts)})
+                begins |= {first, *(first + part.start() for part in _PART.finditer(core))}
+                ends |= {first + len(core), *(first + part.end() for part in _PART.finditer(core))}
                 if core.endswith(_POSSESSIVE) and len(core) > 2:
-                    ends.append(ends[-1] - 2)
-        return begins, ends
+                    ends.add(first + len(core) - 2)
+        return sorted(begins), sorted(ends)
 
     def likeliest(
         self, found: FoundArguments, arguments: Sequence[str], claims: Sequence[str] = ()
@@ -287,7 +290,7 @@ class CopyGuide:
         """Add to the logits of the next token, of shape (vocabulary,), in place."""
         if self._value is None or not self._open:
             return
-        own = self._value.own
+        own = max(self._value.own - _SETTLES * max(0, self._written - self._value.opening), _LEAST_OWN)
         nexts: dict[int, list[float]] = {}
         # What a request gives is hardly ever an empty text.
         complete = [own if self._written != self._value.opening else _LEAST_OWN]
