@@ -45,8 +45,9 @@ _CLAIMS = 0.5
 # Stretches of words that are looked at for one value.
 _CANDIDATES = 8
 _LONGEST = 40  # words
-# Schemas that ask more of a text or a number are the grammar's business.
-_PLAIN = {"type", "title", "description", "default", "examples", "minimum", "maximum"}
+# What a schema may say beside its type; whatever asks for another spelling is the grammar's business.
+_PLAIN = {"title", "description", "default", "examples", "minimum", "maximum", "minLength", "maxLength"}
+_COPIED_FORMATS = {"email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 # Behind the name of a property.
 _NAMED = re.compile(r'"((?:[^"\\]|\\.)*)":$')
 _WORD, _PART = re.compile(r"\S+"), re.compile(r"[^/\-]+")
@@ -58,12 +59,23 @@ _AROUND_NUMBERS = "$%#\N{EURO SIGN}\N{POUND SIGN}"
 
 def copied_types(tool: Tool) -> dict[str, str]:
     """The arguments of a tool whose values may be copied, plain texts and numbers, with their JSON types."""
-    types = {}
-    for name, schema in tool.parameters["properties"].items():
-        known = schema.get("type") if isinstance(schema, dict) and schema.keys() <= _PLAIN else None
-        if isinstance(known, str) and (known == "string" or known in _NUMBERS):
-            types[name] = known
-    return types
+    types = {name: _plain_type(schema) for name, schema in tool.parameters["properties"].items()}
+    return {name: known for name, known in types.items() if known is not None}
+
+
+def _plain_type(schema: object) -> str | None:
+    """The one type of a plain text or number, `null` aside; None for all other schemas."""
+    if not isinstance(schema, dict):
+        return None
+    beside = {key: value for key, value in schema.items() if key != "anyOf"}
+    if isinstance(branches := schema.get("anyOf"), list):
+        some = [branch for branch in branches if branch != {"type": "null"}]
+        return _plain_type(beside | some[0]) if len(some) == 1 and isinstance(some[0], dict) else None
+    named = schema.get("type")
+    types = [one for one in (named if isinstance(named, list) else [named]) if one != "null"]
+    if schema.keys() - _PLAIN - {"type", "format"} or schema.get("format", "uri") not in _COPIED_FORMATS:
+        return None
+    return types[0] if len(types) == 1 and types[0] in ("string", *_NUMBERS) else None
 
 
 def copied_values(

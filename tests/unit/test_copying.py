@@ -63,11 +63,18 @@ def test_plain_texts_and_numbers_are_copied() -> None:
         "fixed": {"type": "string", "enum": ["a"]},
         "shaped": {"type": "string", "pattern": "^a"},
         "count": {"type": "integer", "minimum": 1},
-        "either": {"type": ["string", "null"]},
+        "day": {"type": "string", "format": "date"},
+        "either": {"type": ["string", "integer"]},
         "anything": True,
+        "some": {"type": ["string", "null"], "default": None},
+        "maybe": {"anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}], "title": "Maybe"},
+        "mixed": {"anyOf": [{"type": "number"}, {"type": "string"}]},
+        "elsewhere": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]},
+        "picked": {"anyOf": [{"type": "string", "enum": ["a"]}, {"type": "null"}]},
     }
-    tool = Tool(name="t", description="Do it.", parameters={"type": "object", "properties": properties})
-    assert copied_types(tool) == {"plain": "string", "count": "integer"}
+    parameters = {"type": "object", "properties": properties, "$defs": {"a": {"enum": ["a", "b"]}}}
+    tool = Tool(name="t", description="Do it.", parameters=parameters)
+    assert copied_types(tool) == {"plain": "string", "count": "integer", "some": "string", "maybe": "number"}
 
 
 def test_values_begin_and_end_at_words_without_their_punctuation() -> None:
