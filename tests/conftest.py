@@ -3,7 +3,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 # Side by side (`pytest -n 2`) every process has its share of the cores; set before torch is imported, and handed on to
 # the processes that tests start.
@@ -14,7 +14,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 from _pytest.capture import EncodedFile
 
-from loragen_agents.models.language_models import LanguageModel, load_language_model
+# Imported where they are used: the process that only hands tests out to others does not need PyTorch.
+if TYPE_CHECKING:
+    from loragen_agents.models.language_models import LanguageModel
 
 INTEGRATION = Path(__file__).parent / "integration"
 
@@ -47,6 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def embedded_model() -> LanguageModel:
+def embedded_model() -> "LanguageModel":
     """The default model; fetched and converted into the user's cache folder the first time."""
+    from loragen_agents.models.language_models import load_language_model
+
     return load_language_model()
