@@ -275,7 +275,7 @@ def test_a_run_with_given_tools_tells_how_their_calls_go(edge, tmp_path):
 
 
 def test_a_run_over_time_ends_when_the_time_is_over_at_a_low_rate(edge, tmp_path):
-    train(recipe(edge, steps=10**6, minutes=0.04, log_every=1), tmp_path, data=data())
+    train(recipe(edge, steps=10**6, minutes=0.015, log_every=1), tmp_path, data=data())
     rates = [json.loads(line).get("learning_rate") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     rates = [rate for rate in rates if rate is not None]
     assert 1 < len(rates) < 10**5
