@@ -2,8 +2,9 @@
 
     python -m tests.compare_exports --tools tools.jsonl --calls calls_dev.jsonl --requests 50 --keep texts.jsonl
 
-A run that was stopped goes on with what it has kept. All run the same weights in float32, without grammar and without scoring of tools, so equal text is what must come out.
-The base model goes to llama.cpp as a float32 GGUF file that is written from the same tensors.
+A run that was stopped goes on with what it has kept. All run the same weights in float32, without grammar and without
+scoring of tools, so equal text is what must come out. The base model goes to llama.cpp as a float32 GGUF file that is
+written from the same tensors.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -38,7 +40,7 @@ def compare(
     blocks: Sequence[tuple[ToolRegistry, Sequence[str]]],
     folder: Path,
     *,
-    forms: Sequence[str] = ("peft", "gguf", "merged"),
+    forms: Sequence[str] = ("peft", "gguf", "merged", "openvino"),
     max_tokens: int = 48,
     kept: Path | None = None,
 ) -> dict[str, list[tuple[str, str]]]:
@@ -72,10 +74,14 @@ def compare(
         ]
         for form in forms:
             out = folder / f"{number}-{form}"
-            export(made, edge, out, form)  # type: ignore[arg-type]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+                export(made, edge, out, form)  # type: ignore[arg-type]
             if form == "gguf":
                 with LlamaCpp(base, out / ADAPTER_FILE) as llama:
                     theirs = [llama.complete(prompt, max_tokens=max_tokens, stop=[STOP]) for prompt in prompts]
+            elif form == "openvino":
+                theirs = _openvino(out, edge, prompts, max_tokens)
             else:
                 theirs = _transformers(_load(form, out, edge), edge, prompts, max_tokens)
             pairs[form] += zip(ours, theirs, strict=True)
@@ -89,6 +95,16 @@ def _load(form: str, folder: Path, edge: LanguageModel) -> Any:
     source = folder if form == "merged" else edge.folder
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     return model if form == "merged" else PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+def _openvino(folder: Path, edge: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
+    from tests.openvino_alone import OpenVINOAlone  # not everywhere there is OpenVINO
+
+    end = edge.tokenizer.eos_token_id
+    assert isinstance(end, int)
+    alone = OpenVINOAlone(folder)
+    texts = (str(edge.tokenizer.decode(alone.greedy(prompt, max_tokens, end))) for prompt in prompts)
+    return [text.partition(STOP)[0] for text in texts]
 
 
 def _transformers(model: Any, edge: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
@@ -117,7 +133,7 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, required=True)
     parser.add_argument("--calls", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=50)
-    parser.add_argument("--forms", default="peft,gguf,merged")
+    parser.add_argument("--forms", default="peft,gguf,merged,openvino")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="where texts are kept, to go on from")
     arguments = parser.parse_args()
