@@ -1,4 +1,4 @@
-"""Exports of the embedded model write what the specialised model writes, in peft, transformers, llama.cpp and OpenVINO."""
+"""Exports of the embedded model write what it writes itself: in peft, transformers, llama.cpp and OpenVINO."""
 
 from importlib.util import find_spec
 

@@ -157,6 +157,15 @@ def test_openvino_loads_the_graph(made, edge, texts, tmp_path, quantisation, mon
         assert len(set(found)) > 2 and (tmp_path / "openvino_model.bin").stat().st_size < 200_000
 
 
+def test_the_readmes_example_runs_the_graph(made, edge, tmp_path, capsys):
+    pytest.importorskip("openvino")
+    export(made, edge, tmp_path, "openvino")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (source,) = [part for part in readme.split("```python\n")[1:] if part.startswith("import json\nimport numpy")]
+    exec(source.split("```")[0].replace("FOLDER", tmp_path.as_posix()), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_what_openvino_has_no_graph_for(made, edge, tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.setattr("loragen_agents.edge.openvino.graph.why_not", lambda model: "it has gears")
