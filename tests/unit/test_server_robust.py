@@ -115,8 +115,8 @@ def test_clients_that_are_killed(url, client, cut, stream):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     whole = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as client:
-        client.sendall(whole[:cut])
+    with socket.create_connection((host, int(port)), timeout=10) as cut_off:
+        cut_off.sendall(whole[:cut])
     assert client.get(f"{url}/health").status_code == 200
 
 
