@@ -150,7 +150,7 @@ def test_openvino_loads_the_graph(made, edge, texts, tmp_path, quantisation, mon
     }
     alone, tokenizer = OpenVINOAlone(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     prompts = [made.model.renderer.user_turn([Turn(request)]) for request in texts]
-    found = [tokenizer.decode(alone.greedy(prompt, 12, tokenizer.eos_token_id)) for prompt in prompts]
+    found = [str(tokenizer.decode(alone.greedy(prompt, 12, tokenizer.eos_token_id))) for prompt in prompts]
     if quantisation == "none":
         same(texts.values(), found)
     else:

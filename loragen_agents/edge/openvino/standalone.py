@@ -57,7 +57,7 @@ class _StandaloneWriter(GraphWriter):
         return ops.gather(self._embeddings(), ids, _whole(0))
 
     def _embeddings(self) -> Any:
-        table = self._model.get_input_embeddings()
+        table: Any = self._model.get_input_embeddings()
         with torch.no_grad():
             # By the module itself, since those of some models are scaled.
             rows = table(torch.arange(table.weight.shape[0])).float()
