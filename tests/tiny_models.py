@@ -1,5 +1,6 @@
 """Tiny random models with a tokenizer of their own, made on the spot for unit tests."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ CORPUS = [
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in which every byte has a token, with ChatML control tokens."""
+@lru_cache
+def _trained_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,8 +46,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in which every byte has a token, with ChatML control tokens; a new one each time."""
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_trained_tokenizer(),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -58,7 +64,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random causal LM with a gated FFN; `family` is llama, qwen or gemma."""
-    vocab = len(tiny_tokenizer())
+    vocab = _trained_tokenizer().get_vocab_size()
     torch.manual_seed(seed)
     model: PreTrainedModel
     if family == "llama":
@@ -74,7 +80,7 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    model.generation_config.eos_token_id = tiny_tokenizer().eos_token_id
+    model.generation_config.eos_token_id = _trained_tokenizer().token_to_id("<|im_end|>")
     return model.to(dtype).eval()  # type: ignore[arg-type]  # the wrapper of transformers hides the signature
 
 

@@ -16,6 +16,7 @@ import torch
 from loragen_agents.adapter.argument_reader import ArgumentKeys
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.tool_keys import ToolKeys
+from loragen_agents.adapter.tool_updates import ToolUpdates
 from loragen_agents.adapter.updates import DownUpdates
 
 Value = TypeVar("Value")
@@ -46,6 +47,7 @@ class RegistryWeights:
         arguments: Callable[[str], ArgumentKeys] | None = None,
     ) -> None:
         self.shared, self.keys = shared, keys
+        self.tool_updates: ToolUpdates | None = None
         self._combine, self._update, self._read = combine, update, arguments
         self._combined: LoRAWeights | None = None
         self._updates = OrderedDict[str, DownUpdates]()
@@ -56,6 +58,19 @@ class RegistryWeights:
     def of(cls, weights: LoRAWeights) -> "RegistryWeights":
         """Weights that were made as one sum before."""
         return cls(weights, None, lambda: weights)
+
+    @classmethod
+    def of_tools(
+        cls,
+        shared: LoRAWeights,
+        keys: ToolKeys | None,
+        updates: ToolUpdates,
+        arguments: Callable[[str], ArgumentKeys] | None = None,
+    ) -> "RegistryWeights":
+        """Weights whose sum is that of the shared ones and of all tools' updates, which `tool_updates` keeps."""
+        made = cls(shared, keys, lambda: shared.concatenate(updates.combined()), updates.of, arguments)
+        made.tool_updates = updates
+        return made
 
     def combined(self) -> LoRAWeights:
         """The sum of shared weights and all tools' updates: what is exported to other runtimes."""

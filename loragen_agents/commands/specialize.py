@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from loragen_agents.specialization.specialize import Specialization
 
 NAME = "specialize"
-HELP = "turn a tool registry into LoRA weights and write them for peft, llama.cpp and Ollama, or merged"
+HELP = "turn a tool registry into LoRA weights and write them for peft, llama.cpp, Ollama or OpenVINO, or merged"
 # How the files are loaded, by format.
 _LOAD = {
     "peft": "load with peft.PeftModel.from_pretrained(model, {out!r})",
     "gguf": "load with llama-server --lora {out}/adapter.gguf, or ollama create -f {out}/Modelfile",
     "merged": "load with transformers.AutoModelForCausalLM.from_pretrained({out!r})",
+    "openvino": "load with openvino.compile_model('{out}/openvino_model.xml', 'CPU')",
 }
 
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="peft",
         choices=tuple(_LOAD),
-        help="peft, gguf (llama.cpp, Ollama) or merged (a model)",
+        help="peft, gguf (llama.cpp, Ollama), merged (a model) or openvino (its graph)",
     )
 
 

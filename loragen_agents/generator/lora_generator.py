@@ -17,7 +17,7 @@ from loragen_agents.adapter.argument_reader import ArgumentKeys
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.adapter.tool_keys import ToolKeys
-from loragen_agents.adapter.updates import DownUpdates
+from loragen_agents.adapter.tool_updates import MappedUpdates, ToolUpdates
 from loragen_agents.conversation.prompts import PromptRenderer
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.errors import CheckpointError
@@ -232,15 +232,12 @@ class LoRAGenerator(nn.Module):
         if memory is None:
             return RegistryWeights(shared, keys, lambda: shared, arguments=read)
 
-        @torch.no_grad()
-        def combined() -> LoRAWeights:
-            return beside.concatenate(memory(tools, beside)[0])
+        def mapped(names: Sequence[str]) -> list[MappedUpdates]:
+            some = ToolRegistry([tools[name] for name in names], input_format=tools.input_format)
+            return memory.mapped(some, beside)
 
-        @torch.no_grad()
-        def updates(tool: str) -> DownUpdates:
-            return DownUpdates.of(memory.each(ToolRegistry([tools[tool]], input_format=tools.input_format), beside)[0])
-
-        return RegistryWeights(shared, keys, combined, updates, read)
+        updates = ToolUpdates(tools.names, self.shape.layers, memory.memory.value_maps, mapped)
+        return RegistryWeights.of_tools(shared, keys, updates, read)
 
     def _shared_weights(self, system_prompt: str) -> LoRAWeights:
         """The experts' part for one registry. Where nothing is routed, it is one object until the weights change."""

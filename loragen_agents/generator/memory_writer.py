@@ -11,6 +11,7 @@ from torch import nn
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.tool_match import ToolMatch
+from loragen_agents.adapter.tool_updates import MappedUpdates
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.generator.tool_memory import ToolMemory, ToolReading
@@ -46,6 +47,10 @@ class MemoryWriter(nn.Module):
         """
         readings = self.read(registry, beside)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
+
+    def mapped(self, registry: ToolRegistry, beside: LoRAWeights) -> list[MappedUpdates]:
+        """The updates of each tool, before what the registry's tools have in common is taken off."""
+        return [self.memory.mapped([reading]) for reading in self.read(registry, beside)]
 
     def each(self, registry: ToolRegistry, beside: LoRAWeights) -> list[LoRAWeights]:
         """The updates of each tool as if it were alone in its registry: what is in place once it is chosen."""

@@ -7,44 +7,19 @@ place gives the key of an update; its value is the direction that raises the log
 what the description says has similar activations at the same places, so the update raises the same token there.
 
 Updates of different tools depend on each other only by a common mean that is subtracted, so that a registry grows or
-shrinks by a tool without reading the others again. This module knows how keys and values become weights; it knows
-nothing of tokenizers, prompts or registries (see `tool_reading`).
+shrinks by a tool without reading the others again. This module holds what is learnt; how keys and values become weights
+is in `adapter.tool_updates`. It knows nothing of tokenizers, prompts or registries (see `tool_reading`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loragen_agents.adapter.lora_weights import Entry
 from loragen_agents.adapter.tool_match import ToolMatch
-
-
-class UpdateKind(IntEnum):
-    """What an update raises.
-
-    NAME_START: the first token of a tool's name. NAME: a later one, or the line's end behind it.
-    ARGUMENT: a token of an argument's name, in a json input.
-    INPUT: the token with which an input begins, by which json inputs differ from csv.
-    DECISION: the token that says that a tool is called.
-    OWN_INPUT: as INPUT, where this tool's input begins otherwise than those of others (`{}` without arguments).
-    """
-
-    NAME_START = 0
-    NAME = 1
-    ARGUMENT = 2
-    INPUT = 3
-    DECISION = 4
-    OWN_INPUT = 5
-
-
-# Kinds that tell tools apart: what all tools of a registry have in common is subtracted. That a tool is called at all,
-# and how inputs are written, is the same for all of them and stays.
-_CENTRED = (UpdateKind.NAME_START, UpdateKind.NAME, UpdateKind.ARGUMENT, UpdateKind.OWN_INPUT)
-# A direction that keeps less of its length than this without the mean is the same for all tools.
-_SMALLEST_PART = 1e-3
+from loragen_agents.adapter.tool_updates import MappedUpdates, UpdateKind, ValueMaps
 
 
 @dataclass(frozen=True)
@@ -106,22 +81,26 @@ class ToolMemory(nn.Module):
         self.decision_weight = nn.Parameter(torch.full((count,), 20.0 / count))
         self.decision_threshold = nn.Parameter(torch.tensor(5.0))
 
-    def keys(self, readings: Sequence[ToolReading]) -> tuple[Tensor, Tensor]:
-        """Keys of all updates (memory layers, updates, intermediate size), and the kind of each (updates,)."""
+    @property
+    def value_maps(self) -> ValueMaps:
+        """The maps of values, with gradients."""
+        return ValueMaps(self.layers, self.scale, self.value_down, self.value_up)
+
+    def mapped(self, readings: Sequence[ToolReading]) -> MappedUpdates:
+        """What is made of each reading alone: c + U_κl D_κl c for each activation."""
         x = torch.cat([reading.activations for reading in readings], dim=1).to(self.scale)
         kinds = _kinds(readings).to(x.device)
         keys = torch.zeros_like(x)
         for kind in UpdateKind:
             chosen = (kinds == kind).nonzero()[:, 0]
             if len(chosen):
-                keys = keys.index_copy(1, chosen, self._keys_of(kind, x[:, chosen]))
-        return keys, kinds
+                keys = keys.index_copy(1, chosen, self._mapped(kind, x[:, chosen]))
+        return MappedUpdates(keys, torch.cat([reading.directions for reading in readings]).to(self.scale), kinds)
 
-    def _keys_of(self, kind: UpdateKind, x: Tensor) -> Tensor:
+    def _mapped(self, kind: UpdateKind, x: Tensor) -> Tensor:
         centred = x - self.background[kind][:, None]
         centred = centred - torch.bmm(torch.bmm(centred, self.common), self.common.transpose(1, 2))
-        mapped = centred + torch.bmm(torch.bmm(centred, self.key_down[kind]), self.key_up[kind])
-        return F.normalize(_less_mean(kind, mapped), dim=-1)
+        return centred + torch.bmm(torch.bmm(centred, self.key_down[kind]), self.key_up[kind])
 
     @torch.no_grad()
     def set_background(self, readings: Sequence[ToolReading], activations: Tensor) -> None:
@@ -141,25 +120,14 @@ class ToolMemory(nn.Module):
             _, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
             self.common[layer] = vectors[:, -self.common.shape[-1] :]
 
-    def forward(self, readings: Sequence[ToolReading]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    def forward(self, readings: Sequence[ToolReading]) -> dict[Entry, tuple[Tensor, Tensor]]:
         """The updates of a registry as LoRA entries of `down_proj`: A (updates, intermediate), B (hidden, updates)."""
-        keys, kinds = self.keys(readings)
-        directions = torch.cat([reading.directions for reading in readings]).to(self.scale)
-        e = torch.zeros_like(directions)
-        for kind in UpdateKind:
-            e[kinds == kind] = _less_mean(kind, directions[None, kinds == kind])[0]
-        # Where all tools go on with the same token, only rounding errors are left, which must not become directions.
-        length = torch.maximum(e.norm(dim=-1), _SMALLEST_PART * directions.norm(dim=-1)).clamp(min=1e-12)
-        e = (e / length[:, None]).expand(len(self.layers), -1, -1)
-        values = e + torch.bmm(torch.bmm(e, self.value_down), self.value_up)
-        inputs = kinds == UpdateKind.INPUT
-        shares = torch.where(inputs, 1 / inputs.sum().clamp(min=1), 1.0)
-        values = values * (self.scale[kinds] * shares[:, None]).T[..., None]
-        return {(layer, "down_proj"): (keys[n], values[n].T) for n, layer in enumerate(self.layers)}
+        return self.mapped(readings).entries(self.value_maps)
 
     def match(self, readings: Sequence[ToolReading]) -> ToolMatch:
         """The match of requests that training adds as a loss, with gradients."""
-        keys, kinds = self.keys(readings)
+        mapped = self.mapped(readings)
+        keys, kinds = mapped.unit_keys(), mapped.kinds
         backgrounds = [self.background[UpdateKind.DECISION], self.background[UpdateKind.NAME_START]]
         return ToolMatch(
             self.layers,
@@ -173,8 +141,3 @@ class ToolMemory(nn.Module):
 
 def _kinds(readings: Sequence[ToolReading]) -> Tensor:
     return torch.cat([reading.kinds for reading in readings])
-
-
-def _less_mean(kind: UpdateKind, x: Tensor) -> Tensor:
-    """x (layers, updates, width) less its mean over the updates, where the kind asks for it and there are several."""
-    return x - x.mean(dim=1, keepdim=True) if kind in _CENTRED and x.shape[1] > 1 else x

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loragen_agents.adapter.tool_updates import UpdateKind
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.react import ACTION, ACTION_INPUT, NO_TOOL, USE_TOOL
-from loragen_agents.generator.tool_memory import ToolReading, UpdateKind
+from loragen_agents.generator.tool_memory import ToolReading
 from loragen_agents.generator.tool_texts import as_request
 from loragen_agents.models.language_models import gated_ffn_layers
 from loragen_agents.registry import InputFormat, Tool

@@ -19,7 +19,7 @@ from loragen_agents.server.guard import LOOPBACK, Guard
 from loragen_agents.server.protocol import read_chat_request
 from loragen_agents.server.replies import DONE, Reply, ascii_json, error_response, server_sent
 from loragen_agents.server.service import Service, stopping
-from loragen_agents.server.specializations import kept_archive, read_specialization_request
+from loragen_agents.server.specializations import kept_archive, read_format, read_specialization_request
 from loragen_agents.server.steps import Finish
 from loragen_agents.server.work_queue import Job, QueueClosed
 
@@ -121,9 +121,9 @@ def _add_specializations(app: FastAPI, service: Service) -> None:
         return _archive(made.key, made.content)
 
     @app.get(SPECIALIZATIONS + "/{key}")
-    async def specialization(key: str) -> Response:
+    async def specialization(key: str, format: str = "edge") -> Response:
         """The archive that was made before, by its key."""
-        content = await asyncio.to_thread(kept_archive, key)
+        content = await asyncio.to_thread(kept_archive, key, read_format(format))
         if content is None:
             raise ApiError(404, f"there is no specialisation {key[:80]!r}; make it with POST", code="not_found")
         return _archive(key, content)

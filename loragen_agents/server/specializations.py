@@ -1,5 +1,7 @@
 """The cloud side: tools and system text to the archive of a specialisation, for edges that can't make it themselves.
 
+There are two archives of each: what this package decodes with ("edge"), and a PEFT folder for other runtimes ("peft").
+
 Archives are kept on disk by their key, so that the same tools are read once, and can be asked for again by it.
 """
 
@@ -8,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,9 +20,11 @@ from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel, cache_folder
 from loragen_agents.server.api_errors import ApiError, validation_error
 from loragen_agents.server.protocol import FunctionDefinition, ToolDefinition
-from loragen_agents.specialization.archives import write_archive
+from loragen_agents.specialization.archives import write_archive, write_peft_archive
 from loragen_agents.specialization.kept_files import keep, read_kept
 from loragen_agents.specialization.specialize import specialize
+
+ArchiveFormat = Literal["edge", "peft"]
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -30,6 +34,7 @@ class SpecializationRequest(BaseModel):
 
     Attributes:
         edge_fingerprint: of the edge LM that the weights are for, where the client wants that checked.
+        format: of the archive.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
@@ -38,6 +43,7 @@ class SpecializationRequest(BaseModel):
     system: str = ""
     input_format: Literal["json", "csv"] = "json"
     edge_fingerprint: str | None = None
+    format: ArchiveFormat = "edge"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,22 @@ def read_specialization_request(body: Any) -> SpecializationRequest:
         raise validation_error(error, _FIELDS) from error
 
 
+def read_format(name: str) -> ArchiveFormat:
+    """Check the format that a query asks for.
+
+    Raises:
+        ApiError: status 400, it is no format.
+    """
+    if name not in get_args(ArchiveFormat):
+        raise ApiError(
+            400,
+            f"there is no format {name[:80]!r}; expected {' or '.join(get_args(ArchiveFormat))}",
+            param="format",
+            code="invalid_value",
+        )
+    return cast(ArchiveFormat, name)
+
+
 def make_archive(model: LoRAGenChatModel, request: SpecializationRequest, cancel: threading.Event) -> Iterator[Archive]:
     """Specialise as asked, and yield the archive; in a worker's thread.
 
@@ -88,20 +110,20 @@ def make_archive(model: LoRAGenChatModel, request: SpecializationRequest, cancel
         )
     registry = read_registry([tool.openai() for tool in request.tools], request.input_format)
     made = specialize(registry, request.system, edge=edge, cloud=cloud, generator=generator)
-    content = kept_archive(made.key)
+    content = kept_archive(made.key, request.format)
     if content is None and not cancel.is_set():
-        content = write_archive(made, edge)
-        keep(_path(made.key), content)
+        content = (write_archive if request.format == "edge" else write_peft_archive)(made, edge)
+        keep(_path(made.key, request.format), content)
     if content is not None:
         yield Archive(made.key, content)
 
 
-def kept_archive(key: str) -> bytes | None:
+def kept_archive(key: str, form: ArchiveFormat) -> bytes | None:
     """The archive with this key; None when there is none."""
     if not _KEY.fullmatch(key):
         return None
-    return read_kept(_path(key))
+    return read_kept(_path(key, form))
 
 
-def _path(key: str) -> Path:
-    return cache_folder() / "archives" / f"{key}.zip"
+def _path(key: str, form: ArchiveFormat) -> Path:
+    return cache_folder() / "archives" / f"{key}-{form}.zip"

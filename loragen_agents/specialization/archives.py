@@ -1,8 +1,14 @@
 """A specialisation as one archive, with which an edge decodes that has neither generator nor cloud LM.
 
-The archive is a zip file of safetensors and JSON, nothing in it is executed. Its top is a PEFT folder with the sum of
-all weights, which any runtime takes. Beside it lie the parts that this package decodes with: the shared weights, the
-updates of each tool, and the keys that choose a tool and its arguments.
+The archive is a zip file of safetensors and JSON, nothing in it is executed. It holds what this package decodes with:
+the shared weights as a PEFT folder, the keys that choose a tool and its arguments, and each tool's updates before what
+the tools have in common is taken off, from which the edge makes those of single tools and the sum. Where there are no
+keys, the sum is all there is.
+
+Mapped updates are kept in float16, by direction and length; other tensors in bf16 where all of their numbers are bf16
+numbers, as those of a checkpoint in bf16 are, else as they are.
+
+Other runtimes take the sum, as a PEFT folder in an archive of its own.
 """
 
 import hashlib
@@ -11,9 +17,11 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -22,7 +30,7 @@ from loragen_agents.adapter.argument_reader import ArgumentKeys, ArgumentReader
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.adapter.tool_keys import RequestMaps, ToolKeys
-from loragen_agents.adapter.updates import DownUpdates
+from loragen_agents.adapter.tool_updates import MappedUpdates, ToolUpdates, ValueMaps
 from loragen_agents.edge.specialized import SpecializedLM
 from loragen_agents.errors import CheckpointError
 from loragen_agents.generator.argument_head import argument_keys
@@ -30,15 +38,17 @@ from loragen_agents.models.language_models import LanguageModel, gated_ffn_layer
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization.specialize import Specialization
 
-_FORMAT = 4
+_FORMAT = 5
 _MANIFEST = "specialization.json"
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
-_SHARED = "shared/"
 _UPDATES = "tool_updates.safetensors"
 _CHOICE = "tool_choice.safetensors"
 _ARGUMENTS = "arguments.safetensors"
 _READER = "reader."
 _MAPS = ("means", "maps", "none", "bias", "scale")
+_VALUE_MAPS = ("scale", "down", "up")
+# What reading a damaged archive raises; RuntimeError comes of tensors whose shapes don't fit each other.
+_DAMAGE = (zipfile.BadZipFile, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 # More than any adapter for a model that an edge runs; a small zip file can unfold to anything.
 MAX_BYTES = 2**31
 
@@ -49,20 +59,21 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
     Raises:
         ValueError: the weights have no entry, so there is nothing to hand over.
     """
-    paths = [path for path, _ in gated_ffn_layers(edge.model)]
-    files = _peft(made.weights, edge, paths, "")
-    keys, shared = made.parts.keys, made.parts.shared
-    layers: list[int] = []
+    parts, keys = made.parts, made.parts.keys
+    merged = parts.combined() if keys is None else parts.shared
+    files = _peft(merged, edge) if keys is None or merged.tensors else {}
+    updates = parts.tool_updates
+    counts: list[int] = []
     if keys is not None:
-        if shared.tensors:
-            files |= _peft(shared, edge, paths, _SHARED)
-        layers = list(keys.requests.layers)
         tensors = {name: getattr(keys.requests, name) for name in _MAPS}
-        files[_CHOICE] = save(_plain({**tensors, "vectors": keys.vectors}))
-        files[_UPDATES] = save(_plain(_update_tensors(made)))
-    arguments = [own for tool in made.registry.names if (own := made.parts.arguments(tool)) is not None]
+        files[_CHOICE] = _saved({**tensors, "vectors": keys.vectors})
+        if updates is not None:
+            read = updates.read(updates.names)
+            counts = [len(tool.kinds) for tool in read]
+            files[_UPDATES] = _saved(_update_tensors(updates.maps, MappedUpdates.joined(read)))
+    arguments = [own for tool in made.registry.names if (own := parts.arguments(tool)) is not None]
     if arguments:
-        files[_ARGUMENTS] = save(_plain(_argument_tensors(arguments)))
+        files[_ARGUMENTS] = _saved(_argument_tensors(arguments))
     manifest = {
         "format": _FORMAT,
         "key": made.key,
@@ -71,16 +82,23 @@ def write_archive(made: Specialization, edge: LanguageModel) -> bytes:
         "system_text": made.system_text,
         "definition_tokens": made.definition_tokens,
         "edge_fingerprint": edge.fingerprint,
-        "shared": {"layers": shared.layers, "rank": shared.rank, "alpha": shared.alpha},
-        "choice_layers": layers,
+        "merged": {"layers": merged.layers, "rank": merged.rank, "alpha": merged.alpha},
+        "choice_layers": [] if keys is None else list(keys.requests.layers),
+        "update_layers": [] if updates is None else list(updates.maps.layers),
+        "update_counts": counts,
         "argument_reader": arguments[0].reader.settings if arguments else None,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
-        for name, content in {_MANIFEST: json.dumps(manifest).encode(), **files}.items():
-            out.writestr(name, content)
-    return archive.getvalue()
+    return _packed({_MANIFEST: json.dumps(manifest).encode(), **files})
+
+
+def write_peft_archive(made: Specialization, edge: LanguageModel) -> bytes:
+    """The sum of all weights as a PEFT folder, packed; for runtimes that know nothing of this package.
+
+    Raises:
+        ValueError: the weights have no entry.
+    """
+    return _packed(_peft(made.weights, edge))
 
 
 def read_archive(content: bytes, edge: LanguageModel) -> Specialization:
@@ -100,10 +118,11 @@ def read_archive(content: bytes, edge: LanguageModel) -> Specialization:
         if manifest["edge_fingerprint"] != edge.fingerprint:
             raise CheckpointError(f"it was made for another edge LM than {edge.name}; use the one of the service")
         registry = ToolRegistry.from_tools(manifest["tools"], input_format=manifest["input_format"])
-        combined = _load_peft(files, "")
-        parts = RegistryWeights.of(combined)
-        if _CHOICE in files:
-            parts = RegistryWeights(*_choice_parts(files, manifest, registry, combined))
+        told = manifest["merged"]
+        merged = LoRAWeights(told["layers"], told["rank"], told["alpha"], {})
+        if _PEFT[0] in files:
+            merged = _load_peft(files)
+        parts = RegistryWeights.of(merged) if _CHOICE not in files else _parts(files, manifest, registry, merged)
         return Specialization(
             SpecializedLM(edge, parts, registry),
             parts,
@@ -117,35 +136,36 @@ def read_archive(content: bytes, edge: LanguageModel) -> Specialization:
         )
     except CheckpointError as error:
         raise CheckpointError(f"the archive of a specialisation can't be used: {error}") from error
-    except (zipfile.BadZipFile, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        zipfile.BadZipFile,
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(
             f"the archive of a specialisation is damaged ({type(error).__name__}: {error}); fetch it again"
         ) from error
 
 
-def _choice_parts(
-    files: dict[str, bytes], manifest: dict[str, Any], registry: ToolRegistry, combined: LoRAWeights
-) -> tuple[Any, ...]:
-    """What `RegistryWeights` is made of, for a registry with keys."""
-    told = manifest["shared"]
-    shared = LoRAWeights(told["layers"], told["rank"], told["alpha"], {})
-    if _SHARED + _PEFT[0] in files:
-        shared = _load_peft(files, _SHARED)
-    choice = load(files[_CHOICE])
+def _parts(
+    files: dict[str, bytes], manifest: dict[str, Any], registry: ToolRegistry, shared: LoRAWeights
+) -> RegistryWeights:
+    """The weights of a registry with keys."""
+    choice = _loaded(files[_CHOICE])
     keys = ToolKeys(RequestMaps(tuple(manifest["choice_layers"]), *(choice[name] for name in _MAPS)), choice["vectors"])
-    tensors: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in registry.names}
-    for name, tensor in load(files[_UPDATES]).items():
-        tool, layer, side = name.split(".")
-        tensors[registry.names[int(tool)]].setdefault(int(layer), {})[side] = tensor
-    updates = {
-        tool: DownUpdates({layer: (sides["A"], sides["B"]) for layer, sides in layers.items()})
-        for tool, layers in tensors.items()
-    }
-    has_updates = any(tensors.values())
     read = None
     if _ARGUMENTS in files:
-        read = _argument_keys(load(files[_ARGUMENTS]), manifest["argument_reader"], registry).__getitem__
-    return shared, keys, lambda: combined, updates.__getitem__ if has_updates else None, read
+        read = _argument_keys(_loaded(files[_ARGUMENTS]), manifest["argument_reader"], registry).__getitem__
+    if _UPDATES not in files:
+        return RegistryWeights(shared, keys, lambda: shared, arguments=read)
+    maps, updates = _read_updates(_loaded(files[_UPDATES]), tuple(manifest["update_layers"]))
+    mapped = dict(zip(registry.names, updates.split(manifest["update_counts"]), strict=True))
+    tools = ToolUpdates(registry.names, shared.layers, maps, lambda names: [mapped[name] for name in names])
+    return RegistryWeights.of_tools(shared, keys, tools, read)
 
 
 def _argument_keys(
@@ -165,32 +185,60 @@ def _argument_tensors(keys: Sequence[ArgumentKeys]) -> dict[str, Tensor]:
     return vectors | {f"{_READER}{name}": tensor for name, tensor in state.items()}
 
 
-def _update_tensors(made: Specialization) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for number, tool in enumerate(made.registry.names):
-        updates = made.parts.updates(tool)
-        for layer, (a, b) in (updates.tensors if updates is not None else {}).items():
-            tensors[f"{number}.{layer}.A"], tensors[f"{number}.{layer}.B"] = a, b
-    return tensors
+def _update_tensors(maps: ValueMaps, updates: MappedUpdates) -> dict[str, Tensor]:
+    tensors = {name: getattr(maps, name) for name in _VALUE_MAPS}
+    for name in ("keys", "directions"):
+        vectors = getattr(updates, name).float()
+        length = vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        tensors |= {name: (vectors / length).half(), f"{name}_length": length}
+    return tensors | {"kinds": updates.kinds.to(torch.int8)}
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that own their memory, as safetensors asks for."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+def _read_updates(tensors: dict[str, Tensor], layers: tuple[int, ...]) -> tuple[ValueMaps, MappedUpdates]:
+    keys, directions = (tensors[name] * tensors[f"{name}_length"] for name in ("keys", "directions"))
+    maps = ValueMaps(layers, *(tensors[name] for name in _VALUE_MAPS))
+    return maps, MappedUpdates(keys, directions, tensors["kinds"].long())
 
 
-def _peft(weights: LoRAWeights, edge: LanguageModel, paths: list[str], prefix: str) -> dict[str, bytes]:
+def _saved(tensors: dict[str, Tensor]) -> bytes:
+    """Tensors that own their memory, as safetensors asks for, each as small as it can be without loss."""
+    return save({name: _small(tensor.detach().cpu()).clone().contiguous() for name, tensor in tensors.items()})
+
+
+def _small(tensor: Tensor) -> Tensor:
+    """In bf16, where this changes no number."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    small = tensor.to(torch.bfloat16)
+    return small if torch.equal(small.float(), tensor) else tensor
+
+
+def _loaded(content: bytes) -> dict[str, Tensor]:
+    """Tensors as `_saved` was given them, numbers in float32."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load(content).items()}
+
+
+def _peft(weights: LoRAWeights, edge: LanguageModel) -> dict[str, bytes]:
+    small = replace(weights, tensors={entry: (_small(a), _small(b)) for entry, (a, b) in weights.tensors.items()})
     with tempfile.TemporaryDirectory() as folder:
         # Not the path of a folder on this machine: whoever gets the archive has the model somewhere else.
-        weights.save_peft(folder, Path(edge.name).name, paths)
-        return {prefix + name: (Path(folder) / name).read_bytes() for name in _PEFT}
+        small.save_peft(folder, Path(edge.name).name, [path for path, _ in gated_ffn_layers(edge.model)])
+        return {name: (Path(folder) / name).read_bytes() for name in _PEFT}
 
 
-def _load_peft(files: dict[str, bytes], prefix: str) -> LoRAWeights:
+def _load_peft(files: dict[str, bytes]) -> LoRAWeights:
     with tempfile.TemporaryDirectory() as folder:
         for name in _PEFT:
-            (Path(folder) / name).write_bytes(files[prefix + name])
-        return LoRAWeights.load_peft(folder)
+            (Path(folder) / name).write_bytes(files[name])
+        return LoRAWeights.load_peft(folder).to(dtype=torch.float32)
+
+
+def _packed(files: dict[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
+        for name, content in files.items():
+            out.writestr(name, content)
+    return archive.getvalue()
 
 
 def _unpack(content: bytes) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A specialisation as files for other runtimes: a PEFT folder, a GGUF adapter, or a whole merged model.
+"""A specialisation as files for other runtimes: a PEFT folder, a GGUF adapter, a merged model, or its OpenVINO graph.
 
 Beside the weights lies what a runtime without this package needs: the prompt, a grammar, a Modelfile. None of these
 runtimes scores tools; they decode with the weights, and the grammar where they take one.
@@ -9,19 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from transformers import PreTrainedModel
+
 from loragen_agents.adapter.gguf_files import save_gguf
 from loragen_agents.conversation.gbnf import tool_gbnf
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
+from loragen_agents.errors import CheckpointError
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel, gated_ffn_layers
 from loragen_agents.specialization.specialize import Specialization
 from loragen_agents.support.files import replacing
 
-ExportFormat = Literal["peft", "gguf", "merged"]
-FORMATS: tuple[ExportFormat, ...] = ("peft", "gguf", "merged")
+ExportFormat = Literal["peft", "gguf", "merged", "openvino"]
+FORMATS: tuple[ExportFormat, ...] = ("peft", "gguf", "merged", "openvino")
 USAGE_FILE, ADAPTER_FILE, GRAMMAR_FILE, MODELFILE = "loragen-agents.json", "adapter.gguf", "grammar.gbnf", "Modelfile"
+GRAPH_FILE = "openvino_model.xml"
 
 _REQUEST = "loragenrequest"
 
@@ -34,14 +38,14 @@ def export(made: Specialization, edge: LanguageModel, folder: str | Path, form: 
         edge: the edge LM that it was made for.
         folder: where the files go; it is made when it is missing.
         form: "peft" (adapter_config.json and adapter_model.safetensors, for peft, vLLM and transformers), "gguf"
-            (adapter.gguf with a Modelfile, for llama.cpp and Ollama) or "merged" (a model folder that any runtime for
-            the edge LM's family loads).
+            (adapter.gguf with a Modelfile, for llama.cpp and Ollama), "merged" (a model folder that any runtime for
+            the edge LM's family loads) or "openvino" (openvino_model.xml and .bin, which OpenVINO runs by itself).
 
     Returns:
         The files that were written.
 
     Raises:
-        CheckpointError: llama.cpp has no such architecture ("gguf").
+        CheckpointError: llama.cpp has no such architecture ("gguf"), or no graph can be written of it ("openvino").
         ValueError: the weights have no entry, and the form has no way to say so.
     """
     target = Path(folder)
@@ -50,6 +54,7 @@ def export(made: Specialization, edge: LanguageModel, folder: str | Path, form: 
         "peft": _peft,
         "gguf": _gguf,
         "merged": _merged,
+        "openvino": _openvino,
     }
     files = write[form](made, edge, target)
     renderer = shared_renderer(edge.tokenizer)
@@ -80,11 +85,36 @@ def _gguf(made: Specialization, edge: LanguageModel, folder: Path) -> list[Path]
 
 def _merged(made: Specialization, edge: LanguageModel, folder: Path) -> list[Path]:
     before = set(folder.iterdir())
-    model = clone_sharing_tensors(edge.model)
-    made.weights.merge_into(model)
-    model.save_pretrained(folder)
+    _merged_model(made, edge).save_pretrained(folder)
     edge.tokenizer.save_pretrained(folder)
     return sorted(set(folder.iterdir()) - before)
+
+
+def _openvino(made: Specialization, edge: LanguageModel, folder: Path) -> list[Path]:
+    try:
+        from loragen_agents.edge.openvino.graph import why_not
+        from loragen_agents.edge.openvino.standalone import save_standalone
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{error.name} is missing; install it with: pip install 'loragen-agents[openvino]'"
+        ) from error
+    model = _merged_model(made, edge)
+    reason = why_not(model)
+    if reason is not None:
+        raise CheckpointError(f"no OpenVINO graph can be written: {reason}; choose another format")
+    before = set(folder.iterdir())
+    graph = save_standalone(model, folder / GRAPH_FILE)
+    # What OpenVINO's other tools look for beside the graph.
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    edge.tokenizer.save_pretrained(folder)
+    return [*graph, *sorted(set(folder.iterdir()) - before - set(graph))]
+
+
+def _merged_model(made: Specialization, edge: LanguageModel) -> PreTrainedModel:
+    model = clone_sharing_tensors(edge.model)
+    made.weights.merge_into(model)
+    return model
 
 
 def _modelfile(edge: LanguageModel) -> str:

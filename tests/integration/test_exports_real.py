@@ -1,4 +1,6 @@
-"""Exports of the embedded model write what the specialised model writes, in peft, transformers and llama.cpp."""
+"""Exports of the embedded model write what it writes itself: in peft, transformers, llama.cpp and OpenVINO."""
+
+from importlib.util import find_spec
 
 from loragen_agents.commands.options import load_registry
 from loragen_agents.generator import LoRAGenerator
@@ -15,7 +17,8 @@ def test_exports_write_the_same_text(tmp_path):
     # Few tools: the weights alone, without scores and grammar, tell some two dozen apart at most.
     assistant = load_registry("assistant")
     registry = ToolRegistry([assistant[name] for name in ("calculator", "convert_units", "take_note", "read_file")])
-    pairs = compare(edge, generator, [(registry, REQUESTS)], tmp_path, max_tokens=24)
+    forms = ["peft", "gguf", "merged", *(["openvino"] if find_spec("openvino") else [])]
+    pairs = compare(edge, generator, [(registry, REQUESTS)], tmp_path, forms=forms, max_tokens=24)
     for form, both in pairs.items():
         for ours, theirs in both:
             assert theirs == ours, form

@@ -8,6 +8,10 @@ import torch
 torch.set_num_threads(1)
 
 
+# Most tests run one of a few models with equal weights, and compiling a graph takes longer than running it.
+_COMPILED: dict[str, object] = {}
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_fetched(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Unit tests have an empty cache folder, and a pip that has no index."""
@@ -35,6 +39,9 @@ def runtime(request: pytest.FixtureRequest, on_torch: None, monkeypatch: pytest.
     """Runs a test on each runtime; on OpenVINO with matrices in float32, so that results are equal."""
     if request.param == "openvino":
         pytest.importorskip("openvino")
+        from loragen_agents.edge.openvino import compiled
+
+        monkeypatch.setattr(compiled, "_compiled", _COMPILED)
     monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", request.param)
     monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
     return str(request.param)

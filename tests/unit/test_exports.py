@@ -1,4 +1,4 @@
-"""Exports on a tiny model, each loaded by the runtime that it is for: peft, transformers and llama.cpp."""
+"""Exports on a tiny model, each loaded by the runtime that it is for: peft, transformers, llama.cpp and OpenVINO."""
 
 import json
 from collections.abc import Iterable
@@ -136,6 +136,42 @@ def test_llama_cpp_takes_the_grammar(made, edge, tmp_path):
             calls.add(text)
     allowed = {" Yes\nAction: roll\nAction Input: {}", ' Yes\nAction: pick\nAction Input: {"number": 3}'}
     assert {call for call in calls if call.startswith(" Yes")} <= allowed
+
+
+@pytest.mark.parametrize("quantisation", ["none", "int8"])
+def test_openvino_loads_the_graph(made, edge, texts, tmp_path, quantisation, monkeypatch):
+    pytest.importorskip("openvino")
+    from tests.openvino_alone import OpenVINOAlone
+
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", quantisation)
+    files = export(made, edge, tmp_path, "openvino")
+    assert {"openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json", "loragen-agents.json"} < {
+        file.name for file in files
+    }
+    alone, tokenizer = OpenVINOAlone(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [made.model.renderer.user_turn([Turn(request)]) for request in texts]
+    found = [str(tokenizer.decode(alone.greedy(prompt, 12, tokenizer.eos_token_id))) for prompt in prompts]
+    if quantisation == "none":
+        same(texts.values(), found)
+    else:
+        assert len(set(found)) > 2 and (tmp_path / "openvino_model.bin").stat().st_size < 200_000
+
+
+def test_the_readmes_example_runs_the_graph(made, edge, tmp_path, capsys):
+    pytest.importorskip("openvino")
+    export(made, edge, tmp_path, "openvino")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (source,) = [part for part in readme.split("```python\n")[1:] if part.startswith("import json\nimport numpy")]
+    exec(source.split("```")[0].replace("FOLDER", tmp_path.as_posix()), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_what_openvino_has_no_graph_for(made, edge, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("loragen_agents.edge.openvino.graph.why_not", lambda model: "it has gears")
+    with pytest.raises(CheckpointError, match="it has gears; choose another format"):
+        export(made, edge, tmp_path, "openvino")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_of_its_own_keeps_its_scale(edge, tmp_path):

@@ -415,7 +415,7 @@ def test_whatever_a_model_writes_within_the_grammar_is_read_as_a_step(
     registry: ToolRegistry, seed: int, hot: bool
 ) -> None:
     grammar = ToolGrammar(registry, TOKENIZER)
-    sampling = Sampling(max_tokens=150, temperature=3.0 if hot else 1.0, seed=seed)
+    sampling = Sampling(max_tokens=80, temperature=3.0 if hot else 1.0, seed=seed)
     stream = DECODER.stream(PROMPT, sampling, grammar)
     assert "".join(stream) == stream.completion.text
     text = stream.completion.text

@@ -25,6 +25,7 @@ from loragen_agents.edge.module_forward import ModuleForward
 from loragen_agents.edge.specialized import merged_decoder
 from loragen_agents.errors import ModelLoadError
 from loragen_agents.models.language_models import LanguageModel
+from tests.openvino_alone import OpenVINOAlone
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 pytest.importorskip("openvino")
@@ -33,6 +34,7 @@ from loragen_agents.edge.openvino import compiled
 from loragen_agents.edge.openvino.forward import OpenVINOForward
 from loragen_agents.edge.openvino.graph import why_not
 from loragen_agents.edge.openvino.quantise import GROUP
+from loragen_agents.edge.openvino.standalone import save_standalone
 
 TOKENIZER = tiny_tokenizer()
 FAMILIES = ["llama", "qwen", "qwen3", "gemma", "gemma1", "mistral_window"]
@@ -101,6 +103,25 @@ def test_logits_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "int8")
     difference, logits = differences(model)
     assert 0 < difference.std() < 0.1 * logits.std()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_standalone_logits_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a padded row beside a whole one, with a part of the prompt in the states."""
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+    model = family_model(family)
+    save_standalone(model, tmp_path / "openvino_model.xml")
+    alone = OpenVINOAlone(tmp_path)
+    ids = torch.randint(3, len(TOKENIZER), (2, 12), generator=torch.Generator().manual_seed(1))
+    attended = torch.ones_like(ids)
+    attended[1, :3] = 0
+    run: Any = model
+    with torch.inference_mode():
+        positions = (attended.cumsum(dim=1) - 1).clamp(min=0)
+        expected = run(ids, attention_mask=attended, position_ids=positions).logits
+    for begin, end in ((0, 8), (8, 9), (9, 12)):
+        found = torch.from_numpy(alone.logits(ids[:, begin:end].numpy(), attended[:, :end].numpy()))
+        torch.testing.assert_close(found, expected[:, end - 1], atol=1e-4, rtol=1e-4)
 
 
 def test_four_bits_follow_the_model_more_loosely(monkeypatch: pytest.MonkeyPatch) -> None:

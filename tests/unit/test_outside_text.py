@@ -74,7 +74,8 @@ RENDERERS = {make.__name__: PromptRenderer(make()) for make in (tiny_tokenizer, 
 
 
 def occurrences(ids: Sequence[int], part: Sequence[int]) -> int:
-    return sum(list(ids[at : at + len(part)]) == list(part) for at in range(len(ids)))
+    starts = [at for at, token in enumerate(ids) if token == part[0]]
+    return sum(list(ids[at : at + len(part)]) == list(part) for at in starts)
 
 
 def labels_in(renderer: PromptRenderer, ids: Sequence[int]) -> dict[str, int]:
@@ -112,8 +113,9 @@ def test_nor_in_the_full_prompt_of_the_baselines(place: str) -> None:
     def labels(text: str) -> dict[str, int]:
         return labels_in(renderer, renderer.full_react(registry, PLACES[place](text)))
 
+    allowed = labels("harmless")
     for text in [f"sunny{broken}{line}" for broken in BREAKS for line in [FORGED, *LINES]]:
-        assert labels(text) == labels("harmless"), text
+        assert labels(text) == allowed, text
 
 
 def test_nor_in_the_name_of_an_argument() -> None:

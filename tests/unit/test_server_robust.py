@@ -73,6 +73,13 @@ def url(tmp_path_factory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    # One for all: a client reads the certificates of the whole world when it is made.
+    with httpx.Client(timeout=60) as client:
+        yield client
+
+
 def check(answer: httpx.Response) -> None:
     """An answer of the right shape, or an error object that blames the client."""
     if answer.status_code == 200:
@@ -88,32 +95,32 @@ def check(answer: httpx.Response) -> None:
 @example(body={**PLAIN, "max_tokens": 10**30})
 @example(body={**PLAIN, "tools": [{"type": "function", "function": {"name": "a\nb", "description": "x"}}]})
 @example(body={**PLAIN, "messages": [{"role": "user", "content": "\ud800"}]})
-def test_any_json(url, body):
+def test_any_json(url, client, body):
     data = json.dumps(body)
-    answer = httpx.post(url + CHAT, content=data, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = client.post(url + CHAT, content=data, headers={"Content-Type": "application/json"})
     check(answer)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=200))
-def test_any_bytes(url, body):
-    check(httpx.post(url + CHAT, content=body, headers={"Content-Type": "application/json"}, timeout=60))
+def test_any_bytes(url, client, body):
+    check(client.post(url + CHAT, content=body, headers={"Content-Type": "application/json"}))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(1, 400), stream=st.booleans())
-def test_clients_that_are_killed(url, cut, stream):
+def test_clients_that_are_killed(url, client, cut, stream):
     """A connection that is closed anywhere in the request, or right behind it, harms nobody."""
     body = json.dumps({**PLAIN, "stream": stream})
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     whole = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as client:
-        client.sendall(whole[:cut])
-    assert httpx.get(f"{url}/health").status_code == 200
+    with socket.create_connection((host, int(port)), timeout=10) as cut_off:
+        cut_off.sendall(whole[:cut])
+    assert client.get(f"{url}/health").status_code == 200
 
 
-def test_it_still_answers(url):
-    answer = httpx.post(url + CHAT, json=PLAIN, timeout=60)
+def test_it_still_answers(url, client):
+    answer = client.post(url + CHAT, json=PLAIN)
     assert answer.status_code == 200
     assert answer.json()["choices"]

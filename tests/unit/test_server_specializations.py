@@ -12,18 +12,20 @@ import torch
 from peft import PeftModel
 
 from loragen_agents import LoRAGenChatModel, ToolRegistry
+from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.tool_updates import UpdateKind
 from loragen_agents.conversation.prompts import Turn
 from loragen_agents.errors import CheckpointError, ServiceError
 from loragen_agents.generator import GeneratorConfig, LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.specialization import cloud
-from loragen_agents.specialization.archives import read_archive, write_archive
+from loragen_agents.specialization.archives import read_archive, write_archive, write_peft_archive
 from loragen_agents.specialization.cloud import is_service, specialize_by_service
 from loragen_agents.specialization.specialize import Specialization, specialize
 from tests.decoded_steps import decoded
 from tests.served import served
 from tests.tiny_chat import tiny_generator, tiny_language_model
-from tests.tiny_models import tiny_model
+from tests.tiny_models import SIZES, tiny_model
 
 TOOLS = [
     {
@@ -123,11 +125,38 @@ def test_an_archive_decodes_as_what_was_packed(made, edge):
         }
 
 
-def test_an_archive_is_a_peft_folder(made, edge, tmp_path):
-    with zipfile.ZipFile(io.BytesIO(write_archive(made, edge))) as archive:
+def test_the_peft_archive_holds_the_sum(made, edge, tmp_path):
+    with zipfile.ZipFile(io.BytesIO(write_peft_archive(made, edge))) as archive:
         archive.extractall(tmp_path)
     assert PeftModel.from_pretrained(tiny_model(), tmp_path).peft_config
     assert str(edge.folder) not in (tmp_path / "adapter_config.json").read_text()
+    found, expected = LoRAWeights.load_peft(tmp_path), made.weights
+    assert found.entries == expected.entries
+    for layer, projection in expected.entries:
+        torch.testing.assert_close(found.update(layer, projection), expected.update(layer, projection))
+
+
+def test_an_archive_with_keys_holds_tools_once_in_two_bytes_a_number(edge):
+    """And what comes from a checkpoint in bf16 as it is there: the sum, which holds all of it again, is made anew."""
+    names = ["drop", *(f"tool_{n}" for n in range(39))]
+    tools = [{"name": name, "description": f"{name} a thing.", "parameters": {}} for name in names]
+    generator = keyed_generator(edge)
+    with torch.no_grad():
+        for tensor in generator.own_tensors().values():
+            tensor.copy_(tensor.to(torch.bfloat16))
+    made = specialize(ToolRegistry.from_tools(tools), "", edge=edge, cloud=edge, generator=generator)
+    content = write_archive(made, edge)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    hidden, intermediate = SIZES["hidden_size"], SIZES["intermediate_size"]
+    down = [a.shape[0] for (_, projection), (a, _) in made.weights.tensors.items() if projection == "down_proj"]
+    updates = max(down) - generator.config.rank
+    maps = (len(UpdateKind) * 2 + 2 * 2 * hidden * generator.config.memory_value_rank) * 2
+    expected = updates * (2 * (2 * intermediate + hidden) + 3 * 4 + 1) + maps
+    assert expected < sizes["tool_updates.safetensors"] < expected + 2000
+    assert sizes["adapter_model.safetensors"] < sum(t.nbytes for t in generator.producer.parameters()) // 2 + 4000
+    for ours, theirs in zip(texts(made), texts(read_archive(content, edge)), strict=True):
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "nothing", "manifest", "format", "tools"])
@@ -160,7 +189,7 @@ def test_an_archive_of_another_edge_model(made, edge, tmp_path):
         read_archive(write_archive(made, edge), other)
 
 
-def test_the_service(url, model, edge):
+def test_the_service(url, model, edge, tmp_path):
     made = specialize(REGISTRY, "Be brief.", edge=edge, cloud=edge, generator=model.generator)
     asked = {"tools": TOOLS, "system": "Be brief."}
     first = httpx.post(url + PATH, json=asked, timeout=60)
@@ -169,6 +198,13 @@ def test_the_service(url, model, edge):
     assert key == made.key
     assert httpx.get(f"{url}{PATH}/{key}").content == first.content
     assert texts(read_archive(first.content, edge)) == texts(made)
+    assert httpx.get(f"{url}{PATH}/{key}?format=peft").status_code == 404
+    peft = httpx.post(url + PATH, json={**asked, "format": "peft"}, timeout=60)
+    assert peft.headers["x-specialization"] == key
+    assert httpx.get(f"{url}{PATH}/{key}?format=peft").content == peft.content
+    with zipfile.ZipFile(io.BytesIO(peft.content)) as archive:
+        archive.extractall(tmp_path)
+    assert PeftModel.from_pretrained(tiny_model(), tmp_path).peft_config
 
 
 @pytest.mark.parametrize(
@@ -186,6 +222,12 @@ def test_the_service_refuses(url, fields, status, said):
     answer = httpx.post(url + PATH, json=fields, timeout=60)
     assert answer.status_code == status
     assert said in answer.json()["error"]["message"]
+
+
+def test_formats_that_are_not_there(url):
+    answer = httpx.get(f"{url}{PATH}/{'0' * 64}?format=gguf")
+    assert answer.status_code == 400
+    assert "expected edge or peft" in answer.json()["error"]["message"]
 
 
 def test_keys_that_are_not_there(url):

@@ -124,6 +124,7 @@ def test_specialize_says_what_it_did(options, tmp_path, capsys):
         ("peft", "adapter_model.safetensors", "PeftModel.from_pretrained(model, '"),
         ("gguf", "adapter.gguf", "llama-server --lora "),
         ("merged", "model.safetensors", "AutoModelForCausalLM.from_pretrained('"),
+        ("openvino", "openvino_model.xml", "openvino.compile_model('"),
     ],
 )
 def test_specialize_writes_for_other_runtimes(options, tmp_path, capsys, form, file, said):

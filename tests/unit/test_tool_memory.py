@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
+from loragen_agents.adapter.tool_updates import UpdateKind
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer
-from loragen_agents.generator.tool_memory import ToolMemory, ToolReading, UpdateKind
+from loragen_agents.generator.tool_memory import ToolMemory, ToolReading
 from loragen_agents.generator.tool_reading import (
     capture_down_proj_inputs,
     read_tools,
@@ -108,7 +109,8 @@ def test_keys_ignore_the_common_directions() -> None:
         ToolReading(r.activations + 3 * made.common[:, None, :, 0] * (n + 1), r.directions, r.kinds)
         for n, r in enumerate(readings)
     ]
-    torch.testing.assert_close(made.keys(shifted)[0], made.keys(readings)[0], atol=1e-5, rtol=1e-4)
+    shifted_keys, keys = (made.mapped(each).unit_keys() for each in (shifted, readings))
+    torch.testing.assert_close(shifted_keys, keys, atol=1e-5, rtol=1e-4)
 
 
 def test_a_request_that_looks_like_a_description_matches_its_tool() -> None:

@@ -172,21 +172,22 @@ def test_definitions_in_the_prompt_run_once_and_give_the_same_loss(edge, monkeyp
 
 
 def test_a_broken_run_goes_on_to_the_same_weights(edge, tmp_path):
-    whole = train(recipe(edge), tmp_path / "whole", data=data())
-    train(recipe(edge, save_every=2), tmp_path / "broken", data=data())
-    # What a kill behind step 4 leaves: the checkpoint of that step and none later.
-    for path in (tmp_path / "broken").glob("checkpoint-6/**/*"):
+    settings: dict[str, Any] = {"steps": 4, "evaluation": {"every": 2, "episodes": 1, "tools": 2}}
+    whole = train(recipe(edge, save_every=4, **settings), tmp_path / "whole", data=data())
+    train(recipe(edge, save_every=2, **settings), tmp_path / "broken", data=data())
+    # What a kill behind step 2 leaves: the checkpoint of that step and none later.
+    for path in (tmp_path / "broken").glob("checkpoint-4/**/*"):
         if path.is_file():
             path.unlink()
-    for path in sorted((tmp_path / "broken").glob("checkpoint-6/**"), reverse=True):
+    for path in sorted((tmp_path / "broken").glob("checkpoint-4/**"), reverse=True):
         path.rmdir()
-    train(recipe(edge, save_every=2), tmp_path / "broken", resume=True, data=data())
-    one, other = (weights(tmp_path / name / "checkpoint-6") for name in ("whole", "broken"))
+    train(recipe(edge, save_every=2, **settings), tmp_path / "broken", resume=True, data=data())
+    one, other = (weights(tmp_path / name / "checkpoint-4") for name in ("whole", "broken"))
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
     best = json.loads((tmp_path / "whole" / "best.json").read_text())
-    assert whole.is_dir() and 0 <= best["eval_score"] <= 1 and best["step"] in (3, 6)
+    assert whole.is_dir() and 0 <= best["eval_score"] <= 1 and best["step"] in (2, 4)
 
 
 def test_a_trained_generator_loads_for_its_model(edge, tmp_path):
@@ -275,7 +276,7 @@ def test_a_run_with_given_tools_tells_how_their_calls_go(edge, tmp_path):
 
 
 def test_a_run_over_time_ends_when_the_time_is_over_at_a_low_rate(edge, tmp_path):
-    train(recipe(edge, steps=10**6, minutes=0.04, log_every=1), tmp_path, data=data())
+    train(recipe(edge, steps=10**6, minutes=0.015, log_every=1), tmp_path, data=data())
     rates = [json.loads(line).get("learning_rate") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     rates = [rate for rate in rates if rate is not None]
     assert 1 < len(rates) < 10**5

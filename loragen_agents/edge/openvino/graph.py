@@ -85,10 +85,12 @@ def write_graph(model: PreTrainedModel, updated: Sequence[int], to: Quantisation
         updated: layers whose `down_proj` has updates and captured activations.
         to: how matrices are kept. head: how that of the output layer is.
     """
-    return _Writer(model, updated, to, head).graph()
+    return GraphWriter(model, updated, to, head).graph()
 
 
-class _Writer:
+class GraphWriter:
+    """Writes the graph that `write_graph` gives; its parameters are those of that function."""
+
     def __init__(self, model: PreTrainedModel, updated: Sequence[int], to: Quantisation, head: Quantisation) -> None:
         self._model, self._updated, self._to, self._head = model, sorted(updated), to, head
         config = model.config
@@ -103,25 +105,7 @@ class _Writer:
         self._sinks: list[Any] = []
 
     def graph(self) -> ov.Model:
-        embeddings = self._input("embeddings", [-1, -1, self._hidden], ov.Type.f32)
-        self._positions = {
-            kind: tuple(
-                self._input(f"{side}_{kind}", [-1, 1, -1, self._head_size], ov.Type.f32) for side in ("cos", "sin")
-            )
-            for kind in sorted(set(self._kinds))
-        }
-        self._masks = {
-            kind: self._input(f"mask_{kind}", [-1, 1, -1, -1], ov.Type.f32) for kind in sorted(set(self._kinds))
-        }
-        self._beam = self._input("beam_idx", [-1], ov.Type.i32)
-        self._keep = self._input("keep", [-1, -1], ov.Type.i64)
-        shape = ops.shape_of(embeddings, "i64")
-        self._rows = ops.gather(shape, _whole([0]), _whole(0))
-        # Activations are kept by a product: what a plain gather hands out, the CPU plugin computes in float32, with all
-        # that leads up to it, and this takes a tenth of a pass.
-        one, zero = ops.constant(np.float32(1)), ops.constant(np.float32(0))
-        self._selection = ops.one_hot(self._keep, ops.gather(shape, _whole(1), _whole(0)), one, zero, -1)
-        states, captured = embeddings, []
+        states, captured = self._begin(), []
         for index, layer in enumerate(self._model.model.layers):
             mlp = layer.mlp
             gemma3 = hasattr(layer, "pre_feedforward_layernorm")
@@ -147,6 +131,28 @@ class _Writer:
         if captured:
             results.append(_result("captured", ops.concat(captured, 0)))
         return ov.Model(results, self._sinks, self._inputs, type(self._model).__name__)
+
+    def _begin(self) -> Any:
+        """The embeddings of the tokens fed; notes positions, masks, rows and which places are kept."""
+        embeddings = self._input("embeddings", [-1, -1, self._hidden], ov.Type.f32)
+        self._positions = {
+            kind: tuple(
+                self._input(f"{side}_{kind}", [-1, 1, -1, self._head_size], ov.Type.f32) for side in ("cos", "sin")
+            )
+            for kind in sorted(set(self._kinds))
+        }
+        self._masks = {
+            kind: self._input(f"mask_{kind}", [-1, 1, -1, -1], ov.Type.f32) for kind in sorted(set(self._kinds))
+        }
+        self._beam = self._input("beam_idx", [-1], ov.Type.i32)
+        self._keep = self._input("keep", [-1, -1], ov.Type.i64)
+        shape = ops.shape_of(embeddings, "i64")
+        self._rows = ops.gather(shape, _whole([0]), _whole(0))
+        # Activations are kept by a product: what a plain gather hands out, the CPU plugin computes in float32, with all
+        # that leads up to it, and this takes a tenth of a pass.
+        one, zero = ops.constant(np.float32(1)), ops.constant(np.float32(0))
+        self._selection = ops.one_hot(self._keep, ops.gather(shape, _whole(1), _whole(0)), one, zero, -1)
+        return embeddings
 
     def _attention(self, index: int, attention: Any, x: Any) -> Any:
         kind, size = self._kinds[index], self._head_size
