@@ -26,9 +26,9 @@ def keep_open(stream: TextIO) -> None:
     """Keep the file that pytest captures output with open to the end.
 
     Closed by a test, or by something that it leaves behind, it fails every later test and says nothing of the one that
-    did it. absl's log handler does so, which some libraries import: where uvicorn sets up logging it closes all handlers,
-    and absl's closes the stream that was stderr when it was made, unless that is stderr still. So closing does nothing
-    but warn, with the stack of whoever wanted to.
+    did it. absl's log handler does so, which some libraries import: uvicorn closes all handlers when it sets up
+    logging, and absl's then closes the stream that was stderr when it was made, unless that is stderr still. So closing
+    does nothing but warn, with the stack of whoever wanted to.
     """
 
     def close() -> None:
