@@ -80,7 +80,7 @@ class ModelSession:
             else:
                 scored = self.model.score(prompt, turns, scorer=self._scorer)
                 (completion,) = decoder.generate(
-                    [scored.read], self._sampling, scored.grammar, updates=scored.updates, copied=[scored.copied]
+                    [scored.read], self._sampling, scored.grammar, updates=scored.updates, guided=[scored.guided]
                 )
                 completion = scored.completed(completion)
         cost = TurnCost(

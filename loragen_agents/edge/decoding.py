@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge import feeding
 from loragen_agents.edge.completion import Completion, PrefilledPrompt, prompt_tokens
-from loragen_agents.edge.copying import CopiedValues
 from loragen_agents.edge.feeding import feed, in_groups, side_by_side, updated_layers
 from loragen_agents.edge.forward import Runtime, RuntimeName
 from loragen_agents.edge.grammar import ToolGrammar
+from loragen_agents.edge.guides import Guided
 from loragen_agents.edge.kv_cache import History, PrefixStore, Snapshot, extended
 from loragen_agents.edge.passes import Cache, Captured, Forward
 from loragen_agents.edge.run import CompletionStream, Run
@@ -78,7 +78,7 @@ class Decoder:
         grammar: ToolGrammar | None = None,
         cancel: threading.Event | None = None,
         updates: DownUpdates | None = None,
-        copied: CopiedValues | None = None,
+        guided: Guided | None = None,
     ) -> CompletionStream:
         """Generate behind `prompt`, piece by piece. Nothing is computed before the first piece is asked for.
 
@@ -86,13 +86,13 @@ class Decoder:
             cancel: set it, from any thread, to stop before the next token; what was generated until then is kept.
             updates: run beside the model's weights for all tokens that are read from here on; a `PrefilledPrompt`
                 stays as it is.
-            copied: words of the request that values of the call may be copied from.
+            guided: adds to the logits of each token, before the grammar.
 
         Raises:
             PromptError: the prompt is empty, or too long for the model.
             GrammarError: (while the stream is read) see `ToolGrammar.matcher` and `GrammarMatcher.mask`.
         """
-        return CompletionStream(Run(self, [prompt], sampling or Sampling(), [grammar], cancel, [updates], [copied]))
+        return CompletionStream(Run(self, [prompt], sampling or Sampling(), [grammar], cancel, [updates], [guided]))
 
     def generate(
         self,
@@ -102,16 +102,16 @@ class Decoder:
         cancel: threading.Event | None = None,
         batch_size: int = 16,
         updates: DownUpdates | Sequence[DownUpdates | None] | None = None,
-        copied: Sequence[CopiedValues | None] | None = None,
+        guided: Sequence[Guided | None] | None = None,
     ) -> list[Completion]:
         """Generate behind several prompts, up to `batch_size` of them at once, longest first; results in their order.
 
         Args:
             grammar, updates: one for all prompts, or one for each.
-            copied: as `stream`, one for each prompt.
+            guided: as `stream`, one for each prompt.
 
         Raises:
-            ValueError: another number of grammars, updates or copied values than of prompts.
+            ValueError: another number of grammars, updates or guides than of prompts.
             PromptError, GrammarError: as `stream`.
         """
         sampling = sampling or Sampling()
@@ -121,9 +121,9 @@ class Decoder:
         own = [updates] * len(prompts) if updates is None or isinstance(updates, DownUpdates) else list(updates)
         if len(own) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts can't be run with {len(own)} updates; give one for each")
-        values = [None] * len(prompts) if copied is None else list(copied)
-        if len(values) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts can't go with {len(values)} copied values; give one for each")
+        by = [None] * len(prompts) if guided is None else list(guided)
+        if len(by) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts can't be guided by {len(by)} guides; give one for each")
         order = sorted(range(len(prompts)), key=lambda place: -len(prompt_tokens(prompts[place])))
         done: dict[int, Completion] = {}
         for begin in range(0, len(order), batch_size):
@@ -135,7 +135,7 @@ class Decoder:
                 [grammars[place] for place in places],
                 cancel,
                 [own[place] for place in places],
-                [values[place] for place in places],
+                [by[place] for place in places],
             )
             while run.step():
                 pass

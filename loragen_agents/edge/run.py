@@ -10,9 +10,9 @@ from torch import Tensor
 
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge.completion import Completion, FinishReason, PrefilledPrompt, prompt_tokens
-from loragen_agents.edge.copying import CopiedValues
 from loragen_agents.edge.feeding import feed, updated_layers
 from loragen_agents.edge.grammar import GrammarMatcher, ToolGrammar
+from loragen_agents.edge.guides import Guided
 from loragen_agents.edge.kv_cache import extended
 from loragen_agents.edge.passes import Cache, Forward, RowUpdates
 from loragen_agents.edge.sampling import Sampling, pick
@@ -35,7 +35,7 @@ class GeneratedSequence:
         sampling: Sampling,
         grammar: ToolGrammar | None,
         updates: DownUpdates | None,
-        copied: CopiedValues | None = None,
+        guided: Guided | None = None,
     ) -> None:
         self.prompt = prompt
         self.updates = updates
@@ -48,7 +48,7 @@ class GeneratedSequence:
         self.sampling = sampling
         self.grammar = grammar
         self.matcher: GrammarMatcher | None = None
-        self.guide = None if copied is None else copied.guide()
+        self.guide = None if guided is None else guided.guide()
         closing = () if grammar is None else (grammar.closing,)
         self.text = TextStream(decoder.tokenizer, prompt_tokens(prompt), sampling.stop, closing)
         self.stop_token_ids = decoder.stop_token_ids
@@ -148,13 +148,13 @@ class Run:
         grammars: Sequence[ToolGrammar | None],
         cancel: threading.Event | None,
         updates: RowUpdates,
-        copied: Sequence[CopiedValues | None],
+        guided: Sequence[Guided | None],
     ) -> None:
         self._decoder = decoder
         self._cancel = cancel
         self.sequences = [
-            GeneratedSequence(decoder, prompt, sampling, grammar, own, values)
-            for prompt, grammar, own, values in zip(prompts, grammars, updates, copied, strict=True)
+            GeneratedSequence(decoder, prompt, sampling, grammar, own, by)
+            for prompt, grammar, own, by in zip(prompts, grammars, updates, guided, strict=True)
         ]
         self.ended = False
         self._rows = self.sequences

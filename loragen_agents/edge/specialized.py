@@ -25,8 +25,10 @@ from loragen_agents.conversation.react import OBSERVATION_STOP
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.copying import CopiedValues, copied_types, copied_values
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, PrefilledPrompt
+from loragen_agents.edge.excuses import Excuses, reported
 from loragen_agents.edge.forward import RuntimeName, chosen_runtime
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
+from loragen_agents.edge.guides import Guided
 from loragen_agents.edge.held_arguments import can_be_held, held_arguments, narrowed
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import KeyScorer, NameScorer, ToolProbabilities, ToolScorer
@@ -164,7 +166,7 @@ class SpecializedLM:
             scored = self.score(prompt, turns, tool_choice)
         if scored.grammar is self.grammar("none"):
             sampling = replace(sampling, stop=(*sampling.stop, *_BEHIND_ANSWER))
-        stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates, scored.copied)
+        stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates, scored.guided)
         return StepCompletionStream(stream, scored)
 
     def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice, cancel: threading.Event | None) -> bool:
@@ -183,12 +185,16 @@ class SpecializedLM:
         """As `score`, where no tool has to be chosen: the prompt is read only if that tells more."""
         cancelled = cancel is not None and cancel.is_set()
         if cancelled or tool_choice not in self.registry or self._argument_keys(tool_choice) is None:
-            return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0)
+            guided = self._excuses(turns) if tool_choice == "none" else None
+            return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0, guided)
         started = time.perf_counter()
         read = self.decoder.prefill(prompt)
         grammar, copied = self._call(tool_choice, turns, read)
         seconds = time.perf_counter() - started
         return ScoredPrompt(read, grammar, self._updates(tool_choice), None, seconds, copied)
+
+    def _excuses(self, turns: Sequence[Turn]) -> Excuses | None:
+        return Excuses(self.renderer, self._fast_tokenizer) if reported(turns) else None
 
     def _argument_keys(self, tool: str) -> ArgumentKeys | None:
         """What tells which arguments a request gives and where; None where the model alone decides."""
@@ -235,12 +241,13 @@ class SpecializedLM:
         request = scorer.prefill(prompt)
         tools = scorer(request)
         chosen = tools.best if tool_choice == "any" else tools.chosen
+        guided: Guided | None
         if chosen is None:
-            grammar, copied, updates = self.grammar("none"), None, None
+            grammar, guided, updates = self.grammar("none"), self._excuses(turns), None
         else:
-            grammar, copied = self._call(chosen, turns, request.prompt)
+            grammar, guided = self._call(chosen, turns, request.prompt)
             updates = self._updates(chosen)
-        return ScoredPrompt(request.prompt, grammar, updates, tools, time.perf_counter() - started, copied)
+        return ScoredPrompt(request.prompt, grammar, updates, tools, time.perf_counter() - started, guided)
 
     def grammar(self, tool_choice: ToolChoice = "auto") -> ToolGrammar:
         """The registry's grammar for a tool choice, made when it is first asked for.
@@ -280,7 +287,7 @@ class ScoredPrompt:
         updates: what runs beside the model while the step is written.
         tools: None where no tool had to be chosen.
         seconds: what reading and choosing took.
-        copied: what the request has of the call's values.
+        guided: what the request has of the call's values; behind a report, what makes excuses less likely.
     """
 
     read: Sequence[int] | PrefilledPrompt
@@ -288,7 +295,7 @@ class ScoredPrompt:
     updates: DownUpdates | None
     tools: ToolProbabilities | None
     seconds: float
-    copied: CopiedValues | None = None
+    guided: Guided | None = None
 
     def completed(self, completion: Completion) -> Completion:
         """The completion with the reading and choosing counted in."""

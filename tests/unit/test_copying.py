@@ -173,11 +173,11 @@ def test_a_model_that_knows_nothing_writes_what_the_reader_is_sure_of(goal: str)
     values = copied(turns, sure=40.0, start="Bern", goal=goal)
     prompt = RENDERER.user_turn(turns)
     sampling = Sampling(max_tokens=80)
-    told, alone = decoder.generate([prompt, prompt], sampling, grammar, copied=[values, None])
+    told, alone = decoder.generate([prompt, prompt], sampling, grammar, guided=[values, None])
     assert f'{{"start": "Bern", "goal": "{goal}"' in told.text
     (plain,) = decoder.generate([prompt], sampling, grammar)
     assert alone.text == plain.text != told.text
-    streamed = decoder.stream(prompt, sampling, grammar, copied=values)
+    streamed = decoder.stream(prompt, sampling, grammar, guided=values)
     assert "".join(streamed) == told.text
-    with pytest.raises(ValueError, match="copied"):
-        decoder.generate([prompt], sampling, copied=[values, None])
+    with pytest.raises(ValueError, match="guide"):
+        decoder.generate([prompt], sampling, guided=[values, None])
