@@ -11,6 +11,7 @@ Knows the tokenizer's chat template, but no model, no weights and no LangChain. 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ class _Piece(NamedTuple):
 
     text: str
     marker: bool = False
+
+
+# Compiling them takes longer than all else that a renderer needs, and they are the same for every tokenizer.
+_own_templates = lru_cache(Templates)
 
 
 class PromptRenderer:
@@ -58,7 +63,7 @@ class PromptRenderer:
         marker_ids = [token for ids in self._marker_ids.values() for token in ids]
         self._plain = PlainTokenizer(tokenizer, live, marker_ids)
         self._eos: int | None = tokenizer.eos_token_id
-        self._templates = Templates(prompts_folder or content_folder("prompts"))
+        self._templates = Templates(prompts_folder) if prompts_folder else _own_templates(content_folder("prompts"))
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

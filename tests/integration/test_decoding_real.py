@@ -69,7 +69,7 @@ def reference(model: torch.nn.Module, prompt: list[int], count: int) -> tuple[in
 
 
 def test_greedy_equals_generate(decoder: Decoder, tokenizer: PreTrainedTokenizerFast) -> None:
-    for request in REQUESTS:
+    for request in REQUESTS[:3]:
         prompt = chat(tokenizer, request)
         assert decoder.generate([prompt], Sampling(max_tokens=16))[0].token_ids == reference(decoder.model, prompt, 16)
 
@@ -78,7 +78,7 @@ def test_greedy_in_bf16_parts_from_generate_at_ties_only(
     decoders: dict[str, Decoder], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     decoder = decoders["bf16"]
-    for request in REQUESTS[:4]:
+    for request in REQUESTS[3:]:
         prompt = chat(tokenizer, request)
         expected = reference(decoder.model, prompt, 16)
         written = decoder.generate([prompt], Sampling(max_tokens=16))[0].token_ids

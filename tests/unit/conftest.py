@@ -1,11 +1,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # The models here are tiny, and tests run side by side (`pytest -n`): more threads would only wait for each other.
 torch.set_num_threads(1)
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 # Most tests run one of a few models with equal weights, and compiling a graph takes longer than running it.

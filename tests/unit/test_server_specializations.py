@@ -155,8 +155,13 @@ def test_an_archive_with_keys_holds_tools_once_in_two_bytes_a_number(edge):
     expected = updates * (2 * (2 * intermediate + hidden) + 3 * 4 + 1) + maps
     assert expected < sizes["tool_updates.safetensors"] < expected + 2000
     assert sizes["adapter_model.safetensors"] < sum(t.nbytes for t in generator.producer.parameters()) // 2 + 4000
-    for ours, theirs in zip(texts(made), texts(read_archive(content, edge)), strict=True):
-        assert ours == theirs
+    read = read_archive(content, edge)
+    for name in names:
+        ours, theirs = made.parts.updates(name), read.parts.updates(name)
+        assert ours is not None and theirs is not None and ours.tensors.keys() == theirs.tensors.keys()
+        for (a, b), (c, d) in zip(ours.tensors.values(), theirs.tensors.values(), strict=True):
+            assert (b @ a - d @ c).norm() < 1e-3 * (b @ a).norm()
+    assert texts(read) == texts(made)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "nothing", "manifest", "format", "tools"])
