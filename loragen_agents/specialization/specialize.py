@@ -80,10 +80,13 @@ class Specialization:
 def _own_bytes(made: "Specialization") -> int:
     """Bytes of the matrices that a specialised model shares with neither its edge LM nor other registries."""
     own = 0 if made.parts.keys is None else made.parts.keys.vectors.nbytes
-    if made.model.shares_model:
+    if made.parts.keys is not None and made.generator is not None and not made.generator.config.uses_cloud:
         return own
-    shared = {parameter.data_ptr() for parameter in made.model.edge.model.parameters()}
-    parameters = made.model.model.parameters()
+    decoder, base = made.model.decoder, made.model.edge.model
+    if decoder.runtime == "openvino":  # a graph of its own, with a byte for each weight
+        return own + sum(parameter.numel() for parameter in base.parameters())
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    parameters = decoder.model.parameters()
     return own + sum(parameter.nbytes for parameter in parameters if parameter.data_ptr() not in shared)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge.openvino.compiled import CompiledLM, Request, compiled_lm
 from loragen_agents.edge.openvino.graph import layer_kinds
@@ -27,24 +28,29 @@ class OpenVINOForward:
 
     Updates and activations are there for the last third of the layers; where others are asked for, the graph is
     compiled again with them.
+
+    Args:
+        model, merged, fingerprint: as `compiled_lm` takes them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(
+        self, model: PreTrainedModel, merged: LoRAWeights | None = None, fingerprint: str | None = None
+    ) -> None:
+        self._model, self._weights = model, (merged, fingerprint)
         self._embed = model.get_input_embeddings()
         self._kinds = sorted(set(layer_kinds(model)))
         self._window: int = getattr(model.config, "sliding_window", None) or 2**31
         self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
         layers = model.config.num_hidden_layers
-        self.compiled = compiled_lm(model, range(layers - -(-layers // 3), layers))
+        self.compiled = compiled_lm(model, range(layers - -(-layers // 3), layers), *self._weights)
 
     def cache(self, rows: int, capacity: int = 0, layers: Collection[int] = ()) -> StateCache:
         """As `passes.Forward`; states grow by themselves, so `capacity` does not matter here."""
         with self._lock:
             missing = set(layers) - set(self.compiled.updated)
             if missing:
-                self.compiled = compiled_lm(self._model, {*self.compiled.updated, *missing})
+                self.compiled = compiled_lm(self._model, {*self.compiled.updated, *missing}, *self._weights)
             return StateCache(self.compiled, rows)
 
     def __call__(
