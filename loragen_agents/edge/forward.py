@@ -56,6 +56,7 @@ class Runtime:
         self.model = model
         self.chosen = chosen_runtime(chosen)
         self._merged, self._fingerprint = merged, fingerprint
+        self._parts: tuple[PreTrainedModel, list[Any]] | None = None
         self._tables: dict[torch.dtype, RotaryTable] = {}
         if merged is not None:
             target_linears(model, merged)  # weights for another model are refused now
@@ -70,18 +71,14 @@ class Runtime:
     @property
     def exact(self) -> bool:
         """Whether states are the same in all but the last bits of float32, however many tokens a pass reads."""
-        return self.arithmetic == "none" or (self.arithmetic == "torch" and self.model.dtype.itemsize >= 4)
+        if self.name == "openvino":
+            from loragen_agents.edge.openvino.compiled import quantisation
 
-    @property
-    def arithmetic(self) -> str:
-        """How results are worked out: "torch", in the model's dtype, or how OpenVINO keeps matrices."""
-        if self._why_torch() is not None:
-            return "torch"
-        from loragen_agents.edge.openvino.compiled import quantisation
-
-        return quantisation()[0]
+            return quantisation()[0] == "none"
+        return self.model.dtype.itemsize >= 4
 
     def bind(self) -> Forward:
+        self._parts = None
         reason = self._why_torch()
         if reason is None:
             from loragen_agents.edge.openvino.forward import OpenVINOForward
@@ -119,10 +116,13 @@ class Runtime:
         return why_not(self.model)
 
     def state(self) -> list[Any]:
-        """Everything that makes the model compute what it computes: its parameters and hooks, by identity."""
-        found: list[Any] = []
-        for module in self.model.modules():
-            found += module._parameters.values()
-            found += module._forward_hooks.values()
-            found += module._forward_pre_hooks.values()
-        return found
+        """Everything that makes the model compute what it computes: modules, parameters and hooks, by identity."""
+        if self._parts is None or self._parts[0] is not self.model:
+            # The tree is walked once: a module that is put into it later shows in the one that it was put into.
+            dicts = [
+                each
+                for module in self.model.modules()
+                for each in (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
+            ]
+            self._parts = self.model, dicts
+        return [one for each in self._parts[1] for one in each.values()]

@@ -21,11 +21,11 @@ from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Decoder
-from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.reading import PassReader
 from loragen_agents.edge.specialized import SpecializedLM, merged_decoder
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel, cache_folder
+from loragen_agents.models.runtimes import torch_runs
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization import disk_cache
 from loragen_agents.specialization.shared_models import forget_last_generator
@@ -230,7 +230,11 @@ def _key(
 ) -> str:
     # Weights read in bf16 differ from those read in float32 by half a percent, so they are kept apart.
     models = [(model.fingerprint, str(model.dtype)) for model in (edge, cloud)]
-    # So do activations that a quantised model gives.
-    arithmetic = Runtime(edge.model).arithmetic
+    # So do activations that OpenVINO works out.
+    arithmetic = "torch"
+    if not torch_runs(edge.device.type):
+        from loragen_agents.edge.openvino.compiled import quantisation
+
+        arithmetic, _ = quantisation()
     parts = [_FORMAT, registry.fingerprint, definitions, generator.fingerprint, models, arithmetic]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

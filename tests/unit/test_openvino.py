@@ -31,7 +31,7 @@ from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 pytest.importorskip("openvino")
 
 from loragen_agents.edge.openvino import compiled
-from loragen_agents.edge.openvino.forward import OpenVINOForward
+from loragen_agents.edge.openvino.forward import OpenVINOForward, padded
 from loragen_agents.edge.openvino.graph import why_not
 from loragen_agents.edge.openvino.quantise import GROUP
 
@@ -268,6 +268,13 @@ def read(forward: Any, cache: Any, tokens: list[int]) -> Tensor:
         logits: Tensor = forward(torch.tensor([tokens]), cache, torch.tensor([[len(tokens) - 1]]))[0, 0]
     cache.advance([len(tokens)])
     return logits
+
+
+def test_requests_of_all_lengths_need_few_widths() -> None:
+    """Padding adds few tokens, and none to a single one, as each step of decoding reads it."""
+    widths = [padded(width) for width in range(1, 513)]
+    assert widths[:4] == [1, 2, 4, 4] and len(set(widths)) < 45
+    assert all(width <= wide <= max(width + 3, 1.15 * width) for width, wide in enumerate(widths, start=1))
 
 
 def test_a_request_that_ended_is_used_again() -> None:
