@@ -257,7 +257,7 @@ class ModelEngine:
         session = self._sessions.get(variant.name)
         if isinstance(session, embedding.EmbeddingSession):
             return model_bytes(embedding.encoder(str(self.edge.device))), 0
-        model = session.model.model if session else self.edge.model
+        model = session.model.decoder.model if session else self.edge.model
         return model_bytes(model), kv_cache_bytes(self.edge.model.config, 1, self.edge.dtype)
 
     def output_tokens(self, texts: Sequence[str]) -> list[int]:

@@ -142,7 +142,7 @@ def _precision(runtime: str) -> str | None:
 
 def _runtime() -> str:
     """What models run on."""
-    from loragen_agents.edge.forward import RUNTIME_VARIABLE, chosen_runtime, openvino_is_default
+    from loragen_agents.models.runtimes import RUNTIME_VARIABLE, chosen_runtime, openvino_is_default
 
     chosen = chosen_runtime()
     if chosen == "torch":

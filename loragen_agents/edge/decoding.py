@@ -11,16 +11,17 @@ import operator
 import threading
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge import feeding
 from loragen_agents.edge.completion import Completion, PrefilledPrompt, prompt_tokens
 from loragen_agents.edge.feeding import feed, in_groups, side_by_side, updated_layers
-from loragen_agents.edge.forward import Runtime, RuntimeName
+from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.grammar import ToolGrammar
 from loragen_agents.edge.guides import Guided
 from loragen_agents.edge.kv_cache import History, PrefixStore, Snapshot, extended
@@ -28,6 +29,7 @@ from loragen_agents.edge.passes import Cache, Captured, Forward
 from loragen_agents.edge.run import CompletionStream, Run
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.errors import PromptError
+from loragen_agents.models.runtimes import RuntimeName
 
 # Below this, a beginning that all prompts of a batch share is not worth a pass of its own.
 _SHARED_HEAD = 32
@@ -49,6 +51,11 @@ class Decoder:
         stop_token_ids: tokens that end a completion; default: the model's and the tokenizer's end-of-sequence tokens.
         prefixes: how read prefixes are kept; default: 8 of them, 256 MiB in all.
         runtime: what runs the model; see `Runtime`.
+        merged: weights to merge into the model, which itself stays as it is.
+        fingerprint: of the model's tensors, if it is known.
+
+    Attributes:
+        model: with the weights merged where PyTorch runs it; as it was given where a compiled graph holds them.
     """
 
     def __init__(
@@ -59,17 +66,27 @@ class Decoder:
         stop_token_ids: Sequence[int] | None = None,
         prefixes: PrefixStore | None = None,
         runtime: RuntimeName = "auto",
+        merged: LoRAWeights | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        self.model = model
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(_end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids)
         self.prefixes = PrefixStore() if prefixes is None else prefixes
-        self._runtime = Runtime(model, runtime)
+        self._runtime = Runtime(model, runtime, merged, fingerprint)
         # Where the differences are too small to decide anything, every state can be used again.
         self._aligned = not self._runtime.exact
         self._state: list[Any] = []
         self._bound: Forward | None = None
         self._lock = threading.Lock()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._runtime.model
+
+    @property
+    def runtime(self) -> Literal["openvino", "torch"]:
+        """What runs the model as it is now."""
+        return self._runtime.name
 
     def stream(
         self,

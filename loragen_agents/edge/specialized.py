@@ -26,20 +26,19 @@ from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.copying import CopiedValues, copied_types, copied_values
 from loragen_agents.edge.decoding import Completion, CompletionStream, Decoder, PrefilledPrompt
 from loragen_agents.edge.excuses import Excuses, reported
-from loragen_agents.edge.forward import RuntimeName, chosen_runtime
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.guides import Guided
 from loragen_agents.edge.held_arguments import can_be_held, held_arguments, narrowed
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import KeyScorer, NameScorer, ToolProbabilities, ToolScorer
-from loragen_agents.models.arrangement import arrange_weights
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.models.runtimes import RuntimeName, chosen_runtime
 from loragen_agents.registry import ToolRegistry
 
 
 def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None, *, for_one: bool = False) -> Decoder:
-    """A decoder of a copy of `edge` with the weights merged; what they don't change is shared with `edge`.
+    """A decoder of a copy of `edge` with the weights merged; tensors that they don't change are shared with `edge`.
 
     Args:
         for_one: the weights are those of one registry. Compiling such a model takes longer than writing most of what
@@ -49,12 +48,9 @@ def merged_decoder(edge: LanguageModel, weights: LoRAWeights | None, *, for_one:
         ValueError: the weights are for another model.
         ModelLoadError: the edge LM can't be cloned or decoded.
     """
-    model = clone_sharing_tensors(edge.model)
-    if weights is not None:
-        weights.merge_into(model)
-        arrange_weights(model, edge.model)
     runtime: RuntimeName = "torch" if for_one and chosen_runtime() == "auto" else "auto"
-    decoder = Decoder(model, edge.tokenizer, runtime=runtime)
+    model = clone_sharing_tensors(edge.model)
+    decoder = Decoder(model, edge.tokenizer, runtime=runtime, merged=weights, fingerprint=edge.fingerprint)
     # A model's own end-of-sequence tokens are not always those that its chat template closes a turn with.
     decoder.stop_token_ids |= frozenset(shared_renderer(edge.tokenizer).end_token_ids)
     return decoder
@@ -69,8 +65,7 @@ _BEHIND_ANSWER = (OBSERVATION_STOP, "\nThought:", "\nHuman:")
 class SpecializedLM:
     """An edge LM + the weights of a registry + its grammar. Safe to use from several threads.
 
-    `model`, `decoder` and `renderer` are there for those who need more than a step; `shares_model` says whether the
-    merged model may be that of other registries, too.
+    `decoder` and `renderer` are there for those who need more than a step.
 
     Args:
         edge: the base; it is left as it is.
@@ -103,9 +98,7 @@ class SpecializedLM:
             merged = weights.shared if weights.keys is not None else weights.combined()
         else:
             merged = weights
-        self.shares_model = decoder is not None
         self.decoder = decoder or merged_decoder(edge, merged, for_one=self._parts is None and merged is not None)
-        self.model = self.decoder.model
         self.scorer: ToolScorer
         if self._parts is not None and self._parts.keys is not None:
             self.scorer = KeyScorer(self.decoder, self.renderer, registry, self._parts.keys)

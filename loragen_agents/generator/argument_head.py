@@ -9,6 +9,7 @@ stand in the request. Not part of the paper.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.generator.tool_reading import of_similar_length, pad_right
+from loragen_agents.generator.tool_reading import TextReader, pad_right
 from loragen_agents.generator.tool_texts import argument_texts
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import Tool, json_schema
+from loragen_agents.support.batching import of_similar_length
 
 _KINDS = {
     "string": ArgumentKind.TEXT,
@@ -87,10 +89,14 @@ class ArgumentIndexer(nn.Module):
         self._edge = (clone_sharing_tensors(edge.model),)
 
     @torch.no_grad()
-    def forward(self, tool: Tool, beside: LoRAWeights) -> ArgumentKeys:
-        """The keys of a tool's arguments, read with the weights `beside` in place. No gradients."""
-        with apply_lora(self._edge[0], beside.detach()):
-            words = read_arguments(self._edge[0], self._renderer, [tool], self.head.reader.layers)[0]
+    def forward(self, tool: Tool, beside: LoRAWeights, reader: TextReader | None = None) -> ArgumentKeys:
+        """The keys of a tool's arguments, read with the weights `beside` in place. No gradients.
+
+        Args:
+            reader: reads in the place of transformers' modules, with these weights in place.
+        """
+        with apply_lora(self._edge[0], beside.detach()) if reader is None else nullcontext():
+            (words,) = read_arguments(self._edge[0], self._renderer, [tool], self.head.reader.layers, reader=reader)
         return argument_keys(self.head.reader, tool, self.head.vectors(words.to(self.head.mean)))
 
 
@@ -119,6 +125,7 @@ def read_arguments(
     tools: Sequence[Tool],
     layers: Sequence[int],
     max_tokens: int = 2048,
+    reader: TextReader | None = None,
 ) -> list[Tensor]:
     """The mean values of each argument's words, for each tool with shape (arguments, layers · value width).
 
@@ -129,6 +136,7 @@ def read_arguments(
         renderer: of its tokenizer.
         tools: to read.
         layers: whose values are kept.
+        reader: reads in the model's place.
     """
     rows: list[list[int]] = []
     spans: list[list[list[int]]] = []  # of each text, the tokens of each argument
@@ -139,7 +147,7 @@ def read_arguments(
             rows.append(ids)
             spans.append(tokens)
             homes.append(place)
-    read = read_values(model, layers, rows, max_tokens)
+    read = read_values(model, layers, rows, max_tokens) if reader is None else reader.values(layers, rows)
     width = value_width(model) * len(layers)
     found: list[list[Tensor]] = [[] for _ in tools]
     for home, tokens, values in zip(homes, spans, read, strict=True):

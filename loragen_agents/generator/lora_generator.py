@@ -38,6 +38,7 @@ from loragen_agents.generator.meta_tokens import MetaTokens
 from loragen_agents.generator.router import Router, gumbel_top_k, keep_top_k, load_loss
 from loragen_agents.generator.tool_head import ToolHead, ToolIndexer
 from loragen_agents.generator.tool_memory import ToolMemory
+from loragen_agents.generator.tool_reading import TextReader
 from loragen_agents.models.language_models import LanguageModel
 from loragen_agents.registry import ToolRegistry
 
@@ -205,6 +206,7 @@ class LoRAGenerator(nn.Module):
         *,
         vectors: Tensor | None = None,
         shared: LoRAWeights | None = None,
+        reader: TextReader | None = None,
     ) -> RegistryWeights:
         """As `generate`, in parts: shared weights, the keys that choose a tool, and each tool's own updates.
 
@@ -212,13 +214,14 @@ class LoRAGenerator(nn.Module):
             system_prompt, registry: as `generate`.
             vectors: of the registry's tools, where they are known from before: then no tool is read for the keys.
             shared: the shared weights, where they are known from before.
+            reader: reads the registry's tools, with these shared weights in place; transformers' modules if left out.
         """
         if self.training:
             raise RuntimeError("the generator is in training mode; call eval() before generate()")
-        shared = self._shared_weights(system_prompt) if shared is None else shared
+        shared = self.shared_weights(system_prompt) if shared is None else shared
         keys: ToolKeys | None = None
         if self.tool_head is not None and registry:
-            keys = self.tool_head(registry, shared) if vectors is None else self.tool_head.keys(vectors)
+            keys = self.tool_head(registry, shared, reader) if vectors is None else self.tool_head.keys(vectors)
         memory, reads = self.tool_memory, self.argument_head
         if not registry:
             return RegistryWeights(shared, keys, lambda: shared)
@@ -226,21 +229,27 @@ class LoRAGenerator(nn.Module):
 
         def arguments(tool: str) -> ArgumentKeys:
             assert reads is not None
-            return reads(tools[tool], beside)
+            return reads(tools[tool], beside, reader)
 
         read = None if reads is None else arguments
         if memory is None:
             return RegistryWeights(shared, keys, lambda: shared, arguments=read)
 
+        @torch.no_grad()
         def mapped(names: Sequence[str]) -> list[MappedUpdates]:
             some = ToolRegistry([tools[name] for name in names], input_format=tools.input_format)
-            return memory.mapped(some, beside)
+            return memory.mapped(some, beside, reader)
 
         updates = ToolUpdates(tools.names, self.shape.layers, memory.memory.value_maps, mapped)
         return RegistryWeights.of_tools(shared, keys, updates, read)
 
-    def _shared_weights(self, system_prompt: str) -> LoRAWeights:
-        """The experts' part for one registry. Where nothing is routed, it is one object until the weights change."""
+    @torch.no_grad()
+    def shared_weights(self, system_prompt: str) -> LoRAWeights:
+        """The experts' part for one registry. Where nothing is routed, it is one object until the weights change.
+
+        Raises:
+            PromptError: the system prompt is longer than the cloud LM's context.
+        """
         if self.config.uses_cloud:
             return self._produce(self._states([system_prompt], merged=True), 1).weights[0].detach()
         with self._lock:

@@ -10,6 +10,7 @@ averaged, so tools don't depend on each other: a registry grows by a tool withou
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from threading import Lock
 
 import torch
@@ -22,7 +23,7 @@ from loragen_agents.adapter.unmerged import apply_lora
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.react import ACTION, USE_TOOL
 from loragen_agents.conversation.renderers import shared_renderer
-from loragen_agents.generator.tool_reading import captured_at
+from loragen_agents.generator.tool_reading import TextReader, captured_at
 from loragen_agents.generator.tool_texts import TextKind, request_texts
 from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.language_models import LanguageModel
@@ -128,18 +129,22 @@ class ToolIndexer(nn.Module):
         self._renderer = shared_renderer(edge.tokenizer)
         # In a tuple, so that the frozen edge LM is no submodule; a clone, so that other threads never see its hooks.
         self._edge = (clone_sharing_tensors(edge.model),)
-        self._keep, self._kept = keep, OrderedDict[str, Tensor]()
+        self._keep, self._kept = keep, OrderedDict[tuple[str, bool], Tensor]()
         self._lock = Lock()
 
     @torch.no_grad()
-    def forward(self, registry: ToolRegistry, beside: LoRAWeights) -> ToolKeys:
-        """The keys of a registry's tools, read with the weights `beside` in place. No gradients."""
-        names = [tool.model_dump_json() for tool in registry]
+    def forward(self, registry: ToolRegistry, beside: LoRAWeights, reader: TextReader | None = None) -> ToolKeys:
+        """The keys of a registry's tools, read with the weights `beside` in place. No gradients.
+
+        Args:
+            reader: reads in the place of transformers' modules, with these weights in place.
+        """
+        names = [(tool.model_dump_json(), reader is None) for tool in registry]
         with self._lock:
             found = {name: self._kept[name] for name in names if name in self._kept}
             missing = {name: tool for name, tool in zip(names, registry, strict=True) if name not in found}
             if missing:
-                found.update(zip(missing, self._read(list(missing.values()), beside), strict=True))
+                found.update(zip(missing, self._read(list(missing.values()), beside, reader), strict=True))
             for name in names:
                 self._kept[name] = found[name]
                 self._kept.move_to_end(name)
@@ -163,14 +168,18 @@ class ToolIndexer(nn.Module):
         super().train(mode)
         return self
 
-    def _read(self, tools: Sequence[Tool], beside: LoRAWeights) -> Tensor:
+    def _read(self, tools: Sequence[Tool], beside: LoRAWeights, reader: TextReader | None) -> Tensor:
         """Vectors of tools, read some dozens at a time: the activations of 1,000 tools would take much memory."""
         done = []
-        with apply_lora(self._edge[0], beside.detach()):
+        with apply_lora(self._edge[0], beside.detach()) if reader is None else nullcontext():
             for begin in range(0, len(tools), 64):
                 texts = [request_texts(tool) for tool in tools[begin : begin + 64]]
                 rows = [request_row(self._renderer, Turn(text)) for own in texts for text in own.values()]
-                x = iter(captured_at(self._edge[0], self.head.layers, rows))
+                if reader is None:
+                    read = captured_at(self._edge[0], self.head.layers, rows)
+                else:
+                    read = reader.activations(self.head.layers, rows)
+                x = iter(read)
                 shape = (len(texts), len(TextKind), *self.head.request_mean.shape)
                 activations = torch.zeros(shape, device=self.head.none.device)
                 present = torch.zeros(shape[:2], dtype=torch.bool, device=activations.device)

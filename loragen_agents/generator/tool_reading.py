@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,25 @@ from loragen_agents.generator.tool_memory import ToolReading
 from loragen_agents.generator.tool_texts import as_request
 from loragen_agents.models.language_models import gated_ffn_layers
 from loragen_agents.registry import InputFormat, Tool
+from loragen_agents.support.batching import of_similar_length
 
 _OPENING = ' {"'
 _MAX_DESCRIPTION = 400
 # Each token of an argument's name adds one to the rank of the weights.
 MAX_ARGUMENTS = 8
+
+
+class TextReader(Protocol):
+    """Reads texts with the edge LM, with the weights in place beside which tools are read.
+
+    Without one, transformers' modules read them. Results of different readers differ in their last bits.
+    """
+
+    def activations(self, layers: Sequence[int], rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+        """As `captured_at`."""
+
+    def values(self, layers: Sequence[int], rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `argument_head.read_values`."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +129,19 @@ def read_tools(
     layers: Sequence[int],
     input_format: InputFormat = "json",
     max_tokens: int = 2048,
+    reader: TextReader | None = None,
 ) -> list[ToolReading]:
     """Read tools in a few batches of similar length, each at most `max_tokens` long with its padding.
 
     Args:
         model: the edge LM with its format weights in place and no memory.
         layers: the memory's layers.
+        reader: reads in the model's place.
     """
     texts = [reading_text(renderer, tool, input_format) for tool in tools]
+    rows = [(text.ids, text.places) for text in texts]
     readings: list[ToolReading] = []
-    captured = captured_at(model, layers, [(text.ids, text.places) for text in texts], max_tokens)
+    captured = captured_at(model, layers, rows, max_tokens) if reader is None else reader.activations(layers, rows)
     for text, activations in zip(texts, captured, strict=True):
         directions = _logit_directions(model, text.raised) - _logit_directions(model, text.lowered)
         kinds = torch.tensor([int(kind) for kind in text.kinds])
@@ -144,18 +162,6 @@ def captured_at(
         for row, index in enumerate(chunk):
             found[index] = captured[:, row, rows[index][1]].clone()
     return [found[index] for index in range(len(rows))]
-
-
-def of_similar_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows that run together: at most `max_tokens` with padding, unless one row alone is longer."""
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and lengths[order[end]] * (end + 1 - start) <= max_tokens:
-            end += 1
-        yield order[start:end]
-        start = end
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from loragen_agents.models.arrangement import arrange_weights
 from loragen_agents.models.cache import StoredModel, cache_folder, obtain_model
 from loragen_agents.models.cpu import cpu_computes_bf16
 from loragen_agents.models.fingerprints import weight_files
+from loragen_agents.models.runtimes import torch_runs
 from loragen_agents.models.sources import DEFAULT_MODEL
 from loragen_agents.support.progress import Progress, shown
 
@@ -206,8 +207,10 @@ def _load(stored: StoredModel, device: torch.device, dtype: torch.dtype) -> Lang
         reason = "it needs code of its own, which is never run" if "trust_remote_code" in str(error) else str(error)
         raise ModelLoadError(f"{stored.name} in {stored.folder} can't be loaded: {reason}") from error
     check_complete(report, stored.name)
-    # Now, while nobody uses the model: moving weights under another thread's product is not safe.
-    arrange_weights(model)
+    # OpenVINO reads weights once, from the mapped file; a copy in another order would stay in memory.
+    if torch_runs(device.type):
+        # Now, while nobody uses the model: moving weights under another thread's product is not safe.
+        arrange_weights(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LanguageModel(stored.name, stored.folder, model.eval().requires_grad_(False), tokenizer, stored.fingerprint)

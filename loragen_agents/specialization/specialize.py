@@ -21,9 +21,11 @@ from loragen_agents.adapter.registry_weights import RegistryWeights
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.conversation.renderers import shared_renderer
 from loragen_agents.edge.decoding import Decoder
+from loragen_agents.edge.reading import PassReader
 from loragen_agents.edge.specialized import SpecializedLM, merged_decoder
 from loragen_agents.generator import LoRAGenerator
 from loragen_agents.models.language_models import LanguageModel, cache_folder
+from loragen_agents.models.runtimes import torch_runs
 from loragen_agents.registry import ToolRegistry
 from loragen_agents.specialization import disk_cache
 from loragen_agents.specialization.shared_models import forget_last_generator
@@ -36,7 +38,7 @@ MEMORY_ENTRIES = 4
 # Larger registries were not measured: with a tool head, and by the weights alone.
 _MEASURED_TOOLS, _MEASURED_TOOLS_ALONE = 1000, 24
 # Goes into the key; raise it when what is written changes.
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,13 @@ class Specialization:
 def _own_bytes(made: "Specialization") -> int:
     """Bytes of the matrices that a specialised model shares with neither its edge LM nor other registries."""
     own = 0 if made.parts.keys is None else made.parts.keys.vectors.nbytes
-    if made.model.shares_model:
+    if made.parts.keys is not None and made.generator is not None and not made.generator.config.uses_cloud:
         return own
-    shared = {parameter.data_ptr() for parameter in made.model.edge.model.parameters()}
-    parameters = made.model.model.parameters()
+    decoder, base = made.model.decoder, made.model.edge.model
+    if decoder.runtime == "openvino":  # a graph of its own, with a byte for each weight
+        return own + sum(parameter.numel() for parameter in base.parameters())
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    parameters = decoder.model.parameters()
     return own + sum(parameter.nbytes for parameter in parameters if parameter.data_ptr() not in shared)
 
 
@@ -128,13 +133,19 @@ def specialize(
         with torch.inference_mode(False), torch.no_grad():
             if kept is None:
                 source = "generated"
-                parts = generator.generate_parts(definitions, registry)
-            elif kept.vectors is not None:
-                parts = generator.generate_parts(definitions, registry, vectors=kept.vectors, shared=kept.weights)
-            else:
+            decoder: Decoder | None = None
+            if kept is not None and kept.vectors is None:
                 assert kept.weights is not None
                 parts = RegistryWeights.of(kept.weights)
-            decoder = _shared_decoder(edge, generator, parts) if cache else None
+            else:
+                vectors, shared = (None, None) if kept is None else (kept.vectors, kept.weights)
+                shared = generator.shared_weights(definitions) if shared is None else shared
+                if generator.tool_head is not None and registry:
+                    decoder = _decoder(edge, generator, shared, cache)
+                # Tools are read by what will read requests, unless that is PyTorch, where the memory of a merged copy
+                # can be spared.
+                reader = PassReader(decoder) if decoder is not None and decoder.runtime == "openvino" else None
+                parts = generator.generate_parts(definitions, registry, vectors=vectors, shared=shared, reader=reader)
             model = SpecializedLM(edge, parts, registry, decoder)
         seconds = time.perf_counter() - started if source == "generated" else 0.0
         if cache and source == "generated":
@@ -170,12 +181,14 @@ def forget_specializations() -> None:
     forget_last_generator()
 
 
-def _shared_decoder(edge: LanguageModel, generator: LoRAGenerator, parts: RegistryWeights) -> Decoder | None:
-    """The decoder of the merged weights, where these are the same for every registry."""
-    if parts.keys is None or generator.config.uses_cloud:
-        return None
+def _decoder(edge: LanguageModel, generator: LoRAGenerator, shared: LoRAWeights, cache: bool) -> Decoder:
+    """The decoder of the shared weights; where these are the same for every registry, it serves all of them."""
+    if generator.config.uses_cloud:
+        return merged_decoder(edge, shared, for_one=True)
+    if not cache:
+        return merged_decoder(edge, shared)
     key = (id(edge), generator.fingerprint)
-    return _decoders.get(key, lambda: (edge, merged_decoder(edge, parts.shared)))[0][1]
+    return _decoders.get(key, lambda: (edge, merged_decoder(edge, shared)))[0][1]
 
 
 def _warn_of_size(registry: ToolRegistry, parts: RegistryWeights) -> None:
@@ -217,5 +230,11 @@ def _key(
 ) -> str:
     # Weights read in bf16 differ from those read in float32 by half a percent, so they are kept apart.
     models = [(model.fingerprint, str(model.dtype)) for model in (edge, cloud)]
-    parts = [_FORMAT, registry.fingerprint, definitions, generator.fingerprint, models]
+    # So do activations that OpenVINO works out.
+    arithmetic = "torch"
+    if not torch_runs(edge.device.type):
+        from loragen_agents.edge.openvino.compiled import quantisation
+
+        arithmetic, _ = quantisation()
+    parts = [_FORMAT, registry.fingerprint, definitions, generator.fingerprint, models, arithmetic]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -19,19 +19,20 @@ from transformers import (
 
 from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.edge.decoding import Decoder, Sampling
-from loragen_agents.edge.forward import Runtime, chosen_runtime
+from loragen_agents.edge.forward import Runtime
 from loragen_agents.edge.lean_forward import LeanForward
 from loragen_agents.edge.module_forward import ModuleForward
 from loragen_agents.edge.specialized import merged_decoder
 from loragen_agents.errors import ModelLoadError
 from loragen_agents.models.language_models import LanguageModel
+from loragen_agents.models.runtimes import chosen_runtime
 from tests.openvino_alone import OpenVINOAlone
 from tests.tiny_models import SIZES, tiny_model, tiny_tokenizer
 
 pytest.importorskip("openvino")
 
 from loragen_agents.edge.openvino import compiled
-from loragen_agents.edge.openvino.forward import OpenVINOForward
+from loragen_agents.edge.openvino.forward import OpenVINOForward, padded
 from loragen_agents.edge.openvino.graph import why_not
 from loragen_agents.edge.openvino.quantise import GROUP
 from loragen_agents.edge.openvino.standalone import save_standalone
@@ -158,7 +159,7 @@ def test_a_runtime_is_chosen_by_argument_or_environment(monkeypatch: pytest.Monk
     monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "onnx")
     with pytest.raises(ModelLoadError, match="no runtime 'onnx'; expected auto, openvino, torch"):
         chosen_runtime()
-    monkeypatch.setattr("loragen_agents.edge.forward.find_spec", lambda name: None)
+    monkeypatch.setattr("loragen_agents.models.runtimes.find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match="pip install openvino"):
         chosen_runtime("openvino")
 
@@ -182,16 +183,22 @@ def test_the_default_is_openvino_where_it_has_a_graph(
         assert isinstance(runtime.bind(), ModuleForward)
     assert (runtime.name, runtime.exact) == ("torch", True)
     assert [record.levelname for record in caplog.records if "not OpenVINO" in record.message] == ["INFO"]
-    monkeypatch.setattr("loragen_agents.edge.forward.find_spec", lambda name: None)
+    monkeypatch.setattr("loragen_agents.models.runtimes.find_spec", lambda name: None)
     assert Runtime(tiny_model()).name == "torch"
+
+
+def some_weights() -> LoRAWeights:
+    random = torch.Generator().manual_seed(0)
+    a = torch.randn(1, SIZES["intermediate_size"], generator=random)
+    b = torch.randn(SIZES["hidden_size"], 1, generator=random)
+    return LoRAWeights(SIZES["num_hidden_layers"], 1, 1.0, {(0, "down_proj"): (a, b)})
 
 
 def test_a_model_of_one_registry_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORAGEN_AGENTS_RUNTIME")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     edge = LanguageModel("tiny", Path("tiny"), tiny_model(), TOKENIZER, "fingerprint")
-    a, b = torch.randn(1, SIZES["intermediate_size"]), torch.randn(SIZES["hidden_size"], 1)
-    weights = LoRAWeights(SIZES["num_hidden_layers"], 1, 1.0, {(0, "down_proj"): (a, b)})
+    weights = some_weights()
     assert isinstance(merged_decoder(edge, weights, for_one=True)._forward(), LeanForward)
     assert isinstance(merged_decoder(edge, weights)._forward(), OpenVINOForward)
     monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "openvino")
@@ -209,6 +216,39 @@ def test_models_with_equal_weights_share_a_graph() -> None:
     one, same, other = (Runtime(tiny_model(seed=seed), "openvino").bind() for seed in (0, 0, 1))
     assert isinstance(one, OpenVINOForward) and isinstance(same, OpenVINOForward) and isinstance(other, OpenVINOForward)
     assert one.compiled is same.compiled is not other.compiled
+
+
+def test_merged_weights_are_in_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits as PyTorch gives with a merged copy, and nothing but the graph holds the weights afterwards."""
+    monkeypatch.setenv("LORAGEN_AGENTS_QUANTISATION", "none")
+    edge = LanguageModel("tiny", Path("tiny"), tiny_model(), TOKENIZER, "fingerprint")
+    logits = {}
+    for runtime in ("torch", "openvino"):
+        monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", runtime)
+        decoder = merged_decoder(edge, some_weights())
+        logits[runtime] = decoder.prefill([5, 6, 7]).logits
+        shared = {id(parameter) for parameter in edge.model.parameters()}
+        own = [name for name, parameter in decoder.model.named_parameters() if id(parameter) not in shared]
+        assert own == ([] if runtime == "openvino" else ["model.layers.0.mlp.down_proj.weight"])
+    torch.testing.assert_close(logits["openvino"], logits["torch"], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits["torch"], merged_decoder(edge, None).prefill([5, 6, 7]).logits, atol=1e-3)
+    # Where a graph can no longer be written, PyTorch runs the merged model.
+    decoder.model.model.layers[0].mlp.register_forward_hook(lambda *given: None)  # type: ignore[union-attr]
+    torch.testing.assert_close(decoder.prefill([5, 6, 7]).logits, logits["torch"], atol=1e-5, rtol=1e-4)
+    other = LoRAWeights(SIZES["num_hidden_layers"] + 1, 1, 1.0, some_weights().tensors)
+    with pytest.raises(ValueError, match="layers"):
+        merged_decoder(edge, other)
+
+
+def test_weights_that_were_changed_have_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a fingerprint says that they are those of a file."""
+    monkeypatch.setenv("LORAGEN_AGENTS_RUNTIME", "openvino")
+    model = tiny_model()
+    first = Runtime(model, fingerprint="file").bind()
+    assert isinstance(first, OpenVINOForward)
+    assert Runtime(tiny_model(), fingerprint="file").bind().compiled is first.compiled  # type: ignore[attr-defined]
+    some_weights().merge_into(model)
+    assert Runtime(model, fingerprint="file").bind().compiled is not first.compiled  # type: ignore[attr-defined]
 
 
 def test_a_compiled_graph_is_kept_on_disk(nothing_is_fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +289,13 @@ def read(forward: Any, cache: Any, tokens: list[int]) -> Tensor:
         logits: Tensor = forward(torch.tensor([tokens]), cache, torch.tensor([[len(tokens) - 1]]))[0, 0]
     cache.advance([len(tokens)])
     return logits
+
+
+def test_requests_of_all_lengths_need_few_widths() -> None:
+    """Padding adds few tokens, and none to a single one, as each step of decoding reads it."""
+    widths = [padded(width) for width in range(1, 513)]
+    assert widths[:4] == [1, 2, 4, 4] and len(set(widths)) < 45
+    assert all(width <= wide <= max(width + 3, 1.15 * width) for width, wide in enumerate(widths, start=1))
 
 
 def test_a_request_that_ended_is_used_again() -> None:

@@ -249,7 +249,11 @@ def test_first_use_in_inference_mode_leaves_ordinary_tensors(parts, tmp_path):
         edge = shared_language_model(str(parts["edge"].folder), device="cpu")
         generator = shared_generator(str(tmp_path / "generator"), cloud=edge, edge=edge)
         made = specialize(REGISTRY, edge=edge, cloud=edge, generator=generator)
-    tensors: list[torch.Tensor] = [*edge.model.parameters(), *generator.parameters(), *made.model.model.parameters()]
+    tensors: list[torch.Tensor] = [
+        *edge.model.parameters(),
+        *generator.parameters(),
+        *made.model.decoder.model.parameters(),
+    ]
     tensors += [side for pair in made.weights.tensors.values() for side in pair]
     assert not any(tensor.is_inference() for tensor in tensors)
 
@@ -264,7 +268,7 @@ def test_what_nobody_uses_is_freed(parts, tmp_path):
         assert_usable(made)
         assert shared_language_model(str(parts["edge"].folder), device="cpu", dtype="float32") is edge
         assert shared_generator(str(tmp_path / "generator"), cloud=edge, edge=edge) is generator
-        return [weakref.ref(one) for one in (edge, edge.model, generator, made.model.model)]
+        return [weakref.ref(one) for one in (edge, edge.model, generator, made.model.decoder.model)]
 
     used = use()
     gc.collect()

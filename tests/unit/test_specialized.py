@@ -55,10 +55,10 @@ def test_only_the_changed_matrices_have_memory_of_their_own():
     edge = language_model()
     special = SpecializedLM(edge, random_weights(0, zero=("up_proj",)), registry("ruler"))
     base = dict(edge.model.named_parameters())
-    own = {name for name, parameter in special.model.named_parameters() if parameter is not base[name]}
+    own = {name for name, parameter in special.decoder.model.named_parameters() if parameter is not base[name]}
     assert own == {f"model.layers.{n}.mlp.{p}.weight" for n in range(LAYERS) for p in ("gate_proj", "down_proj")}
     base_buffers = dict(edge.model.named_buffers())
-    assert all(buffer is base_buffers[name] for name, buffer in special.model.named_buffers())
+    assert all(buffer is base_buffers[name] for name, buffer in special.decoder.model.named_buffers())
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def special() -> SpecializedLM:
 def log_probability(special: SpecializedLM, prompt: list[int], continuation: list[int]) -> float:
     """One plain forward pass for one continuation."""
     with torch.no_grad():
-        logits = special.model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0]
+        logits = special.decoder.model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0]
     places = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
     return sum(logits[place].log_softmax(-1)[token].item() for place, token in zip(places, continuation, strict=True))
 
@@ -54,7 +54,7 @@ def activations(special: SpecializedLM, turns: list[Turn]) -> torch.Tensor:
     """What the FFNs hold at the two places of a conversation, with shape (places, layers, intermediate size)."""
     prompt = special.renderer.user_turn(turns)
     ids = [*prompt, *special.renderer.encode_text(" Yes\nAction:")]
-    whole = capture_down_proj_inputs(special.model, WATCHED, torch.tensor([ids]))[:, 0]
+    whole = capture_down_proj_inputs(special.decoder.model, WATCHED, torch.tensor([ids]))[:, 0]
     return whole[:, [len(prompt) - 1, -1]].transpose(0, 1)
 
 
@@ -149,7 +149,7 @@ def test_only_the_chosen_tools_updates_are_in_place(special, tool_choice, temper
 def test_updates_change_what_is_written(special):
     """An update that raises the first token of a value decides between the two that the schema allows."""
     found = keys(special, TURNS[0].request, "ruler")
-    rows = special.model.get_output_embeddings().weight
+    rows = special.decoder.model.get_output_embeddings().weight
     for unit in ("cm", "inch"):
         raised = rows[special.renderer.encode_text(unit)[0]][:, None] * 100
         always = torch.ones(2, WIDTH) / WIDTH

@@ -6,6 +6,7 @@ used again, since a new one takes longer to run the first time.
 
 import hashlib
 import logging
+import mmap
 import os
 import threading
 import time
@@ -18,19 +19,22 @@ from weakref import WeakValueDictionary
 import numpy as np
 import openvino as ov
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.edge.openvino.graph import write_graph
 from loragen_agents.edge.openvino.quantise import Quantisation
 from loragen_agents.errors import ModelLoadError
 from loragen_agents.models.cache import cache_folder
+from loragen_agents.models.clone import clone_sharing_tensors
 from loragen_agents.models.cpu import cpu_computes_bf16
 from loragen_agents.support.files import replacing
 
 logger = logging.getLogger(__name__)
 
 # Raised when the graph changes, so that what older versions wrote is not read.
-_VERSION = 3
+_VERSION = 4
 # A model this small compiles in less time than its file takes to read.
 _SMALLEST_KEPT = 10_000_000
 # SmolLM2-135M takes 140 MB.
@@ -72,11 +76,12 @@ class CompiledLM:
 
     Args:
         updated: layers whose `down_proj` takes updates and gives its inputs.
+        file: the memory that a loaded graph's matrices lie in, which has to last as long as it does.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, updated: Collection[int]) -> None:
+    def __init__(self, compiled: ov.CompiledModel, updated: Collection[int], file: np.ndarray | None = None) -> None:
         self.updated = tuple(sorted(updated))
-        self._compiled = compiled
+        self._compiled, self._file = compiled, file
         self._idle: list[Request] = []
         self._lock = threading.Lock()
 
@@ -99,19 +104,34 @@ _compiled: "WeakValueDictionary[str, CompiledLM]" = WeakValueDictionary()
 _compiling = threading.Lock()
 
 
-def compiled_lm(model: PreTrainedModel, updated: Collection[int]) -> CompiledLM:
+def compiled_lm(
+    model: PreTrainedModel,
+    updated: Collection[int],
+    merged: LoRAWeights | None = None,
+    fingerprint: str | None = None,
+) -> CompiledLM:
     """The compiled graph of a model, shared by all models in this process whose weights are equal.
 
     Args:
         model: one for which `why_not` gives None.
         updated: layers whose `down_proj` takes updates and gives its inputs.
+        merged: weights that are merged into a copy of the model while its graph is written.
+        fingerprint: stands for the model's tensors. Without it all of them are read, here and for each new process.
     """
     to, head = quantisation()
-    key = _digest(model, updated, to, head)
+    key = _digest(model, updated, merged, fingerprint, to, head)
     with _compiling:
         found = _compiled.get(key)
         if found is None:
-            found = _compiled[key] = CompiledLM(_load_or_compile(model, updated, to, head, key), updated)
+            found = _loaded(key, updated, to)
+            if found is None:
+                compiled = _compile(model, updated, merged, to, head)
+                if sum(parameter.numel() for parameter in model.parameters()) >= _SMALLEST_KEPT:
+                    _keep(compiled, key)
+                    # A loaded graph takes less memory than one that was compiled here.
+                    found = _loaded(key, updated, to)
+                found = found or CompiledLM(compiled, updated)
+            _compiled[key] = found
         return found
 
 
@@ -133,37 +153,58 @@ def quantisation() -> tuple[Quantisation, Quantisation]:
     raise ModelLoadError(f"LORAGEN_AGENTS_QUANTISATION is {chosen!r}; expected int8, int4 or none")
 
 
-def _load_or_compile(
-    model: PreTrainedModel, updated: Collection[int], to: Quantisation, head: Quantisation, key: str
+def _file(key: str) -> Path:
+    return cache_folder() / "openvino" / f"{key}.blob"
+
+
+def _loaded(key: str, updated: Collection[int], to: Quantisation) -> CompiledLM | None:
+    """The graph that was kept on disk; None where there is none, or it is damaged."""
+    file = _file(key)
+    if not file.is_file():
+        return None
+    try:
+        # Its matrices are used where they lie; several processes share them.
+        with file.open("rb") as opened:
+            kept = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
+        # OpenVINO may crash on a damaged file, so it is given none.
+        if hashlib.sha256(kept[_HASH:].data).digest() != kept[:_HASH].tobytes():
+            raise OSError("it has changed since it was written")
+        loaded = ov.Core().import_model(ov.Tensor(kept[_HASH:], shared_memory=True), "CPU", settings(to))
+        with suppress(OSError):
+            os.utime(file)  # the least recently used go first
+        return CompiledLM(loaded, updated, kept)
+    except (OSError, RuntimeError, ValueError) as error:  # an empty file can't be mapped
+        logger.warning("The compiled model %s can't be loaded (%s); it is compiled again.", file, error)
+        return None
+
+
+def _compile(
+    model: PreTrainedModel,
+    updated: Collection[int],
+    merged: LoRAWeights | None,
+    to: Quantisation,
+    head: Quantisation,
 ) -> ov.CompiledModel:
-    core = ov.Core()
-    file = cache_folder() / "openvino" / f"{key}.blob"
-    if file.is_file():
-        try:
-            kept = np.fromfile(file, dtype=np.uint8)
-            # OpenVINO may crash on a damaged file, so it is given none.
-            if hashlib.sha256(kept[_HASH:].data).digest() != kept[:_HASH].tobytes():
-                raise OSError("it has changed since it was written")
-            loaded = core.import_model(ov.Tensor(kept[_HASH:]), "CPU", settings(to))
-            with suppress(OSError):
-                os.utime(file)  # the least recently used go first
-            return loaded
-        except (OSError, RuntimeError) as error:
-            logger.warning("The compiled model %s can't be loaded (%s); it is compiled again.", file, error)
     started = time.perf_counter()
-    compiled = core.compile_model(write_graph(model, tuple(updated), to, head), "CPU", settings(to))
+    if merged is not None:
+        model = clone_sharing_tensors(model)
+        merged.merge_into(model)
+    compiled = ov.Core().compile_model(write_graph(model, tuple(updated), to, head), "CPU", settings(to))
     logger.info("Compiled %s for OpenVINO in %.1f s.", type(model).__name__, time.perf_counter() - started)
-    if sum(parameter.numel() for parameter in model.parameters()) >= _SMALLEST_KEPT:
-        try:
-            with replacing(file) as temporary:
-                exported = compiled.export_model().getbuffer()
-                with temporary.open("wb") as opened:
-                    opened.write(hashlib.sha256(exported).digest())
-                    opened.write(exported)
-            _prune(file.parent)
-        except OSError as error:
-            logger.warning("The compiled model can't be kept in %s: %s.", file.parent, error)
     return compiled
+
+
+def _keep(compiled: ov.CompiledModel, key: str) -> None:
+    file = _file(key)
+    try:
+        with replacing(file) as temporary:
+            exported = compiled.export_model().getbuffer()
+            with temporary.open("wb") as opened:
+                opened.write(hashlib.sha256(exported).digest())
+                opened.write(exported)
+        _prune(file.parent)
+    except OSError as error:
+        logger.warning("The compiled model can't be kept in %s: %s.", file.parent, error)
 
 
 def _prune(folder: Path) -> None:
@@ -176,13 +217,30 @@ def _prune(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _digest(model: PreTrainedModel, updated: Collection[int], to: Quantisation, head: Quantisation) -> str:
+def _digest(
+    model: PreTrainedModel,
+    updated: Collection[int],
+    merged: LoRAWeights | None,
+    fingerprint: str | None,
+    to: Quantisation,
+    head: Quantisation,
+) -> str:
     """SHA-256 of all that the compiled graph depends on."""
-    facts = (_VERSION, ov.__version__, sorted(settings(to).items()), sorted(updated), to, head)
+    facts = (_VERSION, ov.__version__, sorted(settings(to).items()), sorted(updated), to, head, fingerprint)
     digest = hashlib.sha256(repr((facts, _cpu_name(), type(model).__name__, model.config.to_json_string())).encode())
+
+    def add(name: object, tensor: Tensor) -> None:
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+
     for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+        # With a fingerprint, a row of each is enough to notice weights that were changed since they were loaded.
+        add(name, parameter if fingerprint is None else parameter[:1])
+    if merged is not None:
+        digest.update(repr(merged.scaling).encode())
+        for entry in merged.entries:
+            for matrix in merged.tensors[entry]:
+                add(entry, matrix)
     return digest.hexdigest()
 
 

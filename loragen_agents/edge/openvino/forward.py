@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loragen_agents.adapter.lora_weights import LoRAWeights
 from loragen_agents.adapter.updates import DownUpdates
 from loragen_agents.edge.openvino.compiled import CompiledLM, Request, compiled_lm
 from loragen_agents.edge.openvino.graph import layer_kinds
@@ -22,29 +24,45 @@ _RANKS = 16
 _MASKED = np.float32(-1e30)
 
 
+def padded(width: int) -> int:
+    """The width of the pass that this many tokens are read in.
+
+    Each new width costs OpenVINO as much time as a dozen tokens, and requests come in all lengths.
+    """
+    if width <= 2:
+        return width
+    step = 4 if width <= 64 else 8 if width <= 128 else 16 if width <= 256 else 32
+    return -(-width // step) * step
+
+
 class OpenVINOForward:
     """Runs a model for which `why_not` gives None. Safe for use by several threads.
 
     Updates and activations are there for the last third of the layers; where others are asked for, the graph is
     compiled again with them.
+
+    Args:
+        model, merged, fingerprint: as `compiled_lm` takes them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(
+        self, model: PreTrainedModel, merged: LoRAWeights | None = None, fingerprint: str | None = None
+    ) -> None:
+        self._model, self._weights = model, (merged, fingerprint)
         self._embed = model.get_input_embeddings()
         self._kinds = sorted(set(layer_kinds(model)))
         self._window: int = getattr(model.config, "sliding_window", None) or 2**31
         self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
         layers = model.config.num_hidden_layers
-        self.compiled = compiled_lm(model, range(layers - -(-layers // 3), layers))
+        self.compiled = compiled_lm(model, range(layers - -(-layers // 3), layers), *self._weights)
 
     def cache(self, rows: int, capacity: int = 0, layers: Collection[int] = ()) -> StateCache:
         """As `passes.Forward`; states grow by themselves, so `capacity` does not matter here."""
         with self._lock:
             missing = set(layers) - set(self.compiled.updated)
             if missing:
-                self.compiled = compiled_lm(self._model, {*self.compiled.updated, *missing})
+                self.compiled = compiled_lm(self._model, {*self.compiled.updated, *missing}, *self._weights)
             return StateCache(self.compiled, rows)
 
     def __call__(
@@ -57,14 +75,15 @@ class OpenVINOForward:
         updates: RowUpdates | None = None,
     ) -> Tensor:
         """As `passes.Forward`. Logits are in float32."""
-        rows, width = ids.shape
+        rows, given = ids.shape
+        width = padded(given)
         request: Request = cache.lease.request
         if layout is None:
             positions = np.array(cache.lengths, dtype=np.int64)[:, None] + np.arange(width)
         else:
-            positions = layout.positions.expand(rows, -1).numpy()
+            positions = np.pad(layout.positions.expand(rows, -1).numpy(), ((0, 0), (0, width - given)), mode="edge")
         inputs = {
-            "embeddings": self._embed(ids).float().numpy(),
+            "embeddings": self._embed(F.pad(ids, (0, width - given))).float().numpy(),
             "beam_idx": np.arange(rows, dtype=np.int32) if cache.order is None else cache.order,
             "keep": np.ascontiguousarray(keep.numpy()),
         }
@@ -97,9 +116,9 @@ class OpenVINOForward:
             return np.concatenate((old, new), axis=2)
         visible = np.zeros((rows, width, cache.slots + width), dtype=bool)
         for row, shown in enumerate(layout.visible.expand(rows, -1, -1).numpy()):
-            length = cache.lengths[row]
-            visible[row][:, cache.valid[row].nonzero()[0]] = shown[:, :length]
-            visible[row][:, cache.slots :] = shown[:, length : length + width]
+            length, given = cache.lengths[row], len(shown)
+            visible[row, :given, cache.valid[row].nonzero()[0]] = shown[:, :length].T
+            visible[row, :given, cache.slots : cache.slots + given] = shown[:, length : length + given]
         return visible
 
     def _mask(
