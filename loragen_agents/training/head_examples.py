@@ -66,6 +66,11 @@ class HeadExamples:
         return index
 
 
+# Behind steps, what is still due counts five times, and that nothing is due a sixth: a head that met the latter more
+# often learnt to call nothing behind any step.
+_DUE, _DONE = 5, 1 / 6
+
+
 def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
     """Choose requests of each tool, and make what no data set has: small talk, joined requests, later steps."""
     rng = random.Random(f"head/{recipe.seed}")
@@ -104,7 +109,8 @@ def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
     for row in rows:
         ask(Turn(row.query), [call.tool for call in row.calls], row.source, row.split)
     for turn, due, row in _later(rows, data.tools, recipe.later_steps, rng):
-        ask(turn, due, row.source, row.split)
+        for _ in range(_DUE if due else rng.random() < _DONE):
+            ask(turn, due, row.source, row.split)
     for number in range(recipe.small_talk):
         ask(Turn(small_talk(rng)[0]), (), CHAT, "dev" if number % 5 == 0 else "train")
     return made
