@@ -91,8 +91,10 @@ def copied_values(
         found: what the reader found in `renderer.user_turn(turns)`.
     """
     types = copied_types(tool)
+    if not types:
+        return None
     begin, end = renderer.request_place(turns)
-    if not types or begin == end:
+    if begin == end:
         return None
     _, text, starts = renderer.user_turn_with_starts(turns)
     claims = [name for name, likely in found.given.items() if likely >= _CLAIMS or name in tool.required]
@@ -158,12 +160,11 @@ class RequestText:
         first, last = self._tokens(begins), self._tokens([end - 1 for end in ends])
         read = {name: found.spans(name, first, last) for name in dict.fromkeys([*claims, *arguments])}
         begun = torch.tensor(first)[:, None] <= torch.tensor(last)
-        ended = torch.tensor(last) < torch.tensor(first)[:, None]
         settled = dict(read)
         for _ in range(_ROUNDS if len(claims) > 1 else 1):
             for name in read:
                 others = [settled[other][0].exp() for other in claims if other != name]
-                settled[name] = _without(read[name], others, begun, ended)
+                settled[name] = _without(read[name], others, begun)
         return {name: Likely(self._texts(settled[name][0]), settled[name][1]) for name in arguments}
 
     def _texts(self, spans: Tensor) -> dict[str, float]:
@@ -183,21 +184,18 @@ class RequestText:
         return [bisect_right(self.starts, at) - 1 for at in characters]
 
 
-def _without(
-    read: tuple[Tensor, float], others: Sequence[Tensor], begun: Tensor, ended: Tensor
-) -> tuple[Tensor, float]:
+def _without(read: tuple[Tensor, float], others: Sequence[Tensor], begun: Tensor) -> tuple[Tensor, float]:
     """Log-probabilities of an argument's stretches where those of other arguments lay claim to the words (mean field).
 
     Args:
         read: of the argument alone, as `FoundArguments.spans` gives it.
         others: probabilities of the same stretches for each of the others.
-        begun: whether each beginning lies at or before each end, with shape (begins, ends); ended: whether the end lies
-            before the beginning.
+        begun: whether each beginning lies at or before each end, with shape (begins, ends).
     """
     spans, absent = read
     for other in others:
         # Another value has words of this one unless it ends before it or begins behind it.
-        overlap = other.sum(dim=1) @ begun.float() - (ended.float() @ other.sum(dim=0))[:, None]
+        overlap = other.sum(dim=1) @ begun.float() - ((~begun).float() @ other.sum(dim=0))[:, None]
         spans = spans + torch.log1p(-_EXCLUSIVE * overlap.clamp(0.0, 1.0))
     # That the value does not stand there at all is not for other arguments to say.
     absent = min(absent, math.log(_MOST_ABSENT))

@@ -24,27 +24,32 @@ _LESS_LIKELY = 2.0
 
 
 class Excuses:
-    """What goes along with the answers to one conversation.
+    """What goes along with answers, for any number of sequences.
 
     Args:
         renderer, tokenizer: of the model that writes.
     """
 
     def __init__(self, renderer: PromptRenderer, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._renderer, self._tokenizer = renderer, tokenizer
-
-    def guide(self) -> "ExcuseGuide":
-        """What goes along with one sequence."""
-        return ExcuseGuide(self._renderer, self._tokenizer)
-
-
-class ExcuseGuide:
-    """Follows one sequence up to where its answer is no excuse any more."""
-
-    def __init__(self, renderer: PromptRenderer, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         opened = len(renderer.encode_text(ANSWER))
         self._openings = [tuple(renderer.encode_text(f"{ANSWER} {text}")[opened:]) for text in _OPENINGS]
+
+    def guide(self) -> "ExcuseGuide":
+        """What goes along with one sequence."""
+        return ExcuseGuide(self._openings, self._tokenizer)
+
+
+class ExcuseGuide:
+    """Follows one sequence up to where its answer is no excuse any more.
+
+    Args:
+        openings: how excuses begin, as tokens.
+        tokenizer: of the model that writes.
+    """
+
+    def __init__(self, openings: Sequence[tuple[int, ...]], tokenizer: PreTrainedTokenizerFast) -> None:
+        self._openings, self._tokenizer = openings, tokenizer
         self._tokens: list[int] = []
         # Where the answer begins.
         self._begin: int | None = None

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
@@ -178,7 +178,7 @@ class SpecializedLM:
         """As `score`, where no tool has to be chosen: the prompt is read only if that tells more."""
         cancelled = cancel is not None and cancel.is_set()
         if cancelled or tool_choice not in self.registry or self._argument_keys(tool_choice) is None:
-            guided = self._excuses(turns) if tool_choice == "none" else None
+            guided = self._excuses if tool_choice == "none" and reported(turns) else None
             return ScoredPrompt(prompt, self.grammar(tool_choice), self._updates(tool_choice), None, 0.0, guided)
         started = time.perf_counter()
         read = self.decoder.prefill(prompt)
@@ -186,8 +186,9 @@ class SpecializedLM:
         seconds = time.perf_counter() - started
         return ScoredPrompt(read, grammar, self._updates(tool_choice), None, seconds, copied)
 
-    def _excuses(self, turns: Sequence[Turn]) -> Excuses | None:
-        return Excuses(self.renderer, self._fast_tokenizer) if reported(turns) else None
+    @cached_property
+    def _excuses(self) -> Excuses:
+        return Excuses(self.renderer, self._fast_tokenizer)
 
     def _argument_keys(self, tool: str) -> ArgumentKeys | None:
         """What tells which arguments a request gives and where; None where the model alone decides."""
@@ -236,7 +237,7 @@ class SpecializedLM:
         chosen = tools.best if tool_choice == "any" else tools.chosen
         guided: Guided | None
         if chosen is None:
-            grammar, guided, updates = self.grammar("none"), self._excuses(turns), None
+            grammar, guided, updates = self.grammar("none"), self._excuses if reported(turns) else None, None
         else:
             grammar, guided = self._call(chosen, turns, request.prompt)
             updates = self._updates(chosen)
