@@ -41,14 +41,12 @@ class MemoryWriter(nn.Module):
         self._keep, self._kept = keep, OrderedDict[tuple[str, bool], ToolReading]()
         self._lock = Lock()
 
-    def forward(
-        self, registry: ToolRegistry, beside: LoRAWeights, reader: TextReader | None = None
-    ) -> tuple[LoRAWeights, ToolMatch]:
+    def forward(self, registry: ToolRegistry, beside: LoRAWeights) -> tuple[LoRAWeights, ToolMatch]:
         """The registry's updates, and the match of requests that training adds as a loss.
 
         Gradients reach the memory's maps, not the weights `beside` that are in place while the tools are read.
         """
-        readings = self.read(registry, beside, reader)
+        readings = self.read(registry, beside)
         return LoRAWeights(self._layers, 1, 1, self.memory(readings)), self.memory.match(readings)
 
     def mapped(
@@ -57,10 +55,9 @@ class MemoryWriter(nn.Module):
         """The updates of each tool, before what the registry's tools have in common is taken off."""
         return [self.memory.mapped([reading]) for reading in self.read(registry, beside, reader)]
 
-    def each(self, registry: ToolRegistry, beside: LoRAWeights, reader: TextReader | None = None) -> list[LoRAWeights]:
+    def each(self, registry: ToolRegistry, beside: LoRAWeights) -> list[LoRAWeights]:
         """The updates of each tool as if it were alone in its registry: what is in place once it is chosen."""
-        readings = self.read(registry, beside, reader)
-        return [LoRAWeights(self._layers, 1, 1, self.memory([reading])) for reading in readings]
+        return [LoRAWeights(self._layers, 1, 1, self.memory([reading])) for reading in self.read(registry, beside)]
 
     def read(self, registry: ToolRegistry, beside: LoRAWeights, reader: TextReader | None = None) -> list[ToolReading]:
         """Read a registry's tools with the edge LM and the weights `beside` in place.
