@@ -13,6 +13,7 @@ from loragen_agents.data.augmentation import split_words
 from loragen_agents.data.phrases import phrases
 
 _OPENERS = frozenset(phrases("words")["openers"].split())
+_JOINED_CLAUSES, _MAX_CLAUSE = 0.7, 90
 
 
 def irrelevant_answer(rng: random.Random) -> str:
@@ -27,14 +28,30 @@ def final_answer(results: list[str], failed: bool, rng: random.Random) -> str:
 
 
 def joined_request(first: str, second: str, rng: random.Random) -> str:
-    """Draw one request that asks for two things, one after the other."""
+    """Draw one request that asks for two things, one after the other.
+
+    Two short requests that are no questions mostly become one sentence, as people say them: "dim the lights and play
+    jazz".
+    """
+    if _is_clause(first) and _is_clause(second) and rng.random() < _JOINED_CLAUSES:
+        made = rng.choice(phrases("answers")["joined_clauses"])
+        return str(made.format(first=first.strip().rstrip(".!"), second=_without_capital(second)))
     template = rng.choice(phrases("answers")["joined"])
-    words = second.split(maxsplit=1)
-    # A name or "I" keeps its capital; ordinary opening words lose theirs behind "Then ".
-    if words and words[0].lower() in _OPENERS and not template.startswith(("First", "Two", "{first} {second}")):
-        second = second[0].lower() + second[1:]
+    if not template.startswith(("First", "Two", "{first} {second}")):
+        second = _without_capital(second)
     first = first if first.rstrip()[-1:] in ".!?" else first.rstrip() + "."
     return template.format(first=first, second=second)
+
+
+def _is_clause(request: str) -> bool:
+    """Whether a request can be part of a sentence: it is short, and neither a question nor several sentences."""
+    return len(request) <= _MAX_CLAUSE and re.search(r"[?\n]|[.!]\s", request.strip()) is None
+
+
+def _without_capital(request: str) -> str:
+    """A name or "I" keeps its capital; ordinary opening words lose theirs."""
+    words = request.split(maxsplit=1)
+    return request[0].lower() + request[1:] if words and words[0].lower() in _OPENERS else request
 
 
 def received_file(rng: random.Random) -> tuple[str, str]:

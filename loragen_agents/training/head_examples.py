@@ -20,6 +20,7 @@ from loragen_agents.registry.arguments import format_action_input
 from loragen_agents.training.head_recipe import HeadRecipe
 
 CHAT = "chat"
+_JOINED = 0.75
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,6 @@ class HeadExamples:
         return index
 
 
-# Behind steps, what is still due counts five times, and that nothing is due a sixth: a head that met the latter more
-# often learnt to call nothing behind any step.
-_DUE, _DONE = 5, 1 / 6
-
-
 def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
     """Choose requests of each tool, and make what no data set has: small talk, joined requests, later steps."""
     rng = random.Random(f"head/{recipe.seed}")
@@ -109,8 +105,7 @@ def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
     for row in rows:
         ask(Turn(row.query), [call.tool for call in row.calls], row.source, row.split)
     for turn, due, row in _later(rows, data.tools, recipe.later_steps, rng):
-        for _ in range(_DUE if due else rng.random() < _DONE):
-            ask(turn, due, row.source, row.split)
+        ask(turn, due, row.source, row.split)
     for number in range(recipe.small_talk):
         ask(Turn(small_talk(rng)[0]), (), CHAT, "dev" if number % 5 == 0 else "train")
     return made
@@ -119,7 +114,7 @@ def build_examples(data: DataSet, recipe: HeadRecipe) -> HeadExamples:
 def _later(
     rows: Sequence[CallRecord], tools: Mapping[str, ToolRecord], count: int, rng: random.Random
 ) -> list[tuple[Turn, list[str], CallRecord]]:
-    """Requests behind some steps, and what is due then: of two requests in one, of requests with several calls."""
+    """Requests with several calls, most of them two requests in one, and what is due after some of these calls."""
     groups: dict[tuple[str, Split], list[CallRecord]] = defaultdict(list)
     for row in rows:
         groups[row.source, row.split].append(row)
@@ -128,11 +123,12 @@ def _later(
         first = rng.choice(rows)
         calls = list(first.calls)
         request = first.query
-        if len(calls) == 1 and rng.random() < 0.6:
+        if len(calls) == 1 and rng.random() < _JOINED:
             second = rng.choice(groups[first.source, first.split])
-            if second.calls[0].tool != calls[0].tool:
+            if second.query != first.query:
                 request, calls = joined_request(first.query, second.query, rng), [*calls, *second.calls]
-        taken = rng.choice([1, 1, len(calls), len(calls), rng.randint(0, len(calls))]) if calls else 0
+        several = range(len(calls)) if len(calls) > 1 else ()
+        taken = rng.choice([*several, *several, len(calls)])
         own = {call.tool: tools[call.tool].as_tool() for call in calls[:taken]}
         steps = taken_steps(own, calls[:taken], rng)
         if steps is not None:

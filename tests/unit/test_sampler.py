@@ -291,7 +291,14 @@ def test_every_phrase_can_be_filled():
         assert result
         assert "\n" not in result
         assert "{first}" not in wording.joined_request("Do this.", "Show me that", rng)
-    assert wording.joined_request("Play it", "Show me Rome", random.Random(1)).count(".") >= 1
+
+
+def test_two_requests_are_joined_as_people_join_them() -> None:
+    rng = random.Random(0)
+    drawn = {wording.joined_request("Play it.", "Show me Rome", rng) for _ in range(200)}
+    assert {"Play it and show me Rome", "Play it, then show me Rome", "Play it. After that, show me Rome"} <= drawn
+    asked = {wording.joined_request("Play it", "Is it late?", rng) for _ in range(200)}
+    assert all(request.startswith(("Play it. ", "First", "Two")) for request in asked)  # a question is no clause
 
 
 def test_new_names_hold_numbers_or_begin_like_values_where_that_is_asked_for():
