@@ -71,14 +71,14 @@ class ModelSession:
         decoder = self.model.decoder
         if not self.variant.cached:
             decoder.prefixes.clear()
-        prompt = self._prompt(turns)
         scored: ScoredPrompt | None = None
         with self._memory.measure():
             if self._scorer is None:
                 grammar = self.model.grammar() if self.variant.grammar else None
-                (completion,) = decoder.generate([prompt], self._sampling, grammar)
+                (completion,) = decoder.generate([self._prompt(turns)], self._sampling, grammar)
             else:
-                scored = self.model.score(prompt, turns, scorer=self._scorer)
+                prompt = None if self.variant.match else self._prompt(turns)
+                scored = self.model.score(turns, prompt=prompt, scorer=self._scorer)
                 (completion,) = decoder.generate(
                     [scored.read], self._sampling, scored.grammar, updates=scored.updates, guided=[scored.guided]
                 )
@@ -99,9 +99,9 @@ class ModelSession:
         assert self._scorer is not None, "only variants that score all tools choose one"
         if not self.variant.cached:
             self.model.decoder.prefixes.clear()
-        prompt = self._prompt(turns)
         started = time.perf_counter()
         with self._memory.measure():
+            prompt = self._prompt(self.model.due(turns) if self.variant.match else turns)
             tools = self._scorer(self._scorer.prefill(prompt))
         seconds = time.perf_counter() - started
         text = f"{NO_TOOL}{ANSWER}" if tools.chosen is None else f"{USE_TOOL}{ACTION} {tools.chosen}"

@@ -29,6 +29,7 @@ from loragen_agents.edge.excuses import Excuses, reported
 from loragen_agents.edge.grammar import ToolChoice, ToolGrammar
 from loragen_agents.edge.guides import Guided
 from loragen_agents.edge.held_arguments import can_be_held, held_arguments, narrowed
+from loragen_agents.edge.request_parts import RequestParts
 from loragen_agents.edge.sampling import Sampling
 from loragen_agents.edge.tool_choice import KeyScorer, NameScorer, ToolProbabilities, ToolScorer
 from loragen_agents.models.clone import clone_sharing_tensors
@@ -92,6 +93,7 @@ class SpecializedLM:
         # The renderer has refused tokenizers of any other kind.
         self._fast_tokenizer = cast(PreTrainedTokenizerFast, edge.tokenizer)
         self._parts: RegistryWeights | None = None
+        self._request_parts: RequestParts | None = None
         merged: LoRAWeights | None
         if isinstance(weights, RegistryWeights):
             self._parts = weights if weights.keys is not None else None
@@ -102,6 +104,7 @@ class SpecializedLM:
         self.scorer: ToolScorer
         if self._parts is not None and self._parts.keys is not None:
             self.scorer = KeyScorer(self.decoder, self.renderer, registry, self._parts.keys)
+            self._request_parts = RequestParts(self.scorer, self.renderer)
         else:
             self.scorer = NameScorer(self.decoder, self.renderer, registry)
         self._grammars: dict[ToolChoice, ToolGrammar] = {}
@@ -149,18 +152,24 @@ class SpecializedLM:
             return self.alone.stream(
                 turns, sampling, grammar=grammar, tool_choice=tool_choice, score_tools=False, cancel=cancel
             )
-        prompt = self.renderer.user_turn(turns)
         sampling = self._sampling(sampling, grammar)
         if not grammar:
-            return StepCompletionStream(self.decoder.stream(prompt, sampling, None, cancel))
+            return StepCompletionStream(self.decoder.stream(self.renderer.user_turn(turns), sampling, None, cancel))
         if not (score_tools and self._has_choice(sampling, tool_choice, cancel)):
-            scored = self._unscored(prompt, turns, tool_choice, cancel)
+            scored = self._unscored(self.renderer.user_turn(turns), turns, tool_choice, cancel)
         else:
-            scored = self.score(prompt, turns, tool_choice)
+            scored = self.score(turns, tool_choice)
         if scored.grammar is self.grammar("none"):
             sampling = replace(sampling, stop=(*sampling.stop, *_BEHIND_ANSWER))
         stream = self.decoder.stream(scored.read, sampling, scored.grammar, cancel, scored.updates, scored.guided)
         return StepCompletionStream(stream, scored)
+
+    def due(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The conversation as the next step reads it: of a request for several things, the one that is due.
+
+        Where tools are chosen by keys; see `RequestParts`. Otherwise it stays as it is.
+        """
+        return turns if self._request_parts is None else self._request_parts.due(turns)
 
     def _has_choice(self, sampling: Sampling, tool_choice: ToolChoice, cancel: threading.Event | None) -> bool:
         # Nothing is scored for a caller who has gone; decoding then ends before its first token.
@@ -216,22 +225,25 @@ class SpecializedLM:
 
     def score(
         self,
-        prompt: Sequence[int],
         turns: Sequence[Turn],
         tool_choice: ToolChoice = "auto",
         *,
+        prompt: Sequence[int] | None = None,
         scorer: ToolScorer | None = None,
     ) -> "ScoredPrompt":
-        """Read a prompt, score the tools behind it, and hold what follows to the one that was chosen.
+        """Read a conversation, score the tools behind it, and hold what follows to the one that was chosen.
 
         Args:
-            prompt: ends in `THOUGHT_QUESTION`.
-            turns: the conversation in it.
+            turns: the conversation; of a request for several things, what is due is read (see `RequestParts`).
             tool_choice: "auto" or "any".
+            prompt: in place of the conversation's own, which then is read as it is; ends in `THOUGHT_QUESTION`.
             scorer: in place of the model's own.
         """
         started = time.perf_counter()
         scorer = scorer or self.scorer
+        if prompt is None:
+            turns = self.due(turns)
+            prompt = self.renderer.user_turn(turns)
         request = scorer.prefill(prompt)
         tools = scorer(request)
         chosen = tools.best if tool_choice == "any" else tools.chosen

@@ -298,7 +298,7 @@ def test_calls_are_held_to_what_the_reader_finds(start: tuple[str, str], choice:
         edge, RegistryWeights(made.shared, made.keys, made.combined, None, lambda _: found), registry
     )
     turns = [Turn("a table for 4 in Rome")]
-    grammar = special.score(special.renderer.user_turn(turns), turns, "any").grammar
+    grammar = special.score(turns, "any").grammar
     if choice != "auto":
         grammar = special._unscored(special.renderer.user_turn(turns), turns, choice, None).grammar
     written = '{"place": "a", "people": 4}'
