@@ -47,6 +47,8 @@ class RequestParts:
         Parts that were taken become turns of their own. A conversation stays as it is where its last request is one,
         where no part is left, and where the steps taken are not those that its parts call for.
         """
+        if not turns or turns[-1].answer is not None:
+            return turns  # no prompt, which the renderer says
         earlier, last = tuple(turns[:-1]), turns[-1]
         parts = parts_of(last.request)
         plan = self._plan(earlier, last.request) if len(last.steps) < len(parts) else ()

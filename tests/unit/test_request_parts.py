@@ -83,6 +83,12 @@ def test_other_conversations_stay_as_they_are(request_text: str, tools: tuple[st
     assert [(turn.request, len(turn.steps)) for turn in turns] == [(request_text, len(tools))]
 
 
+@pytest.mark.parametrize("turns", [[], [Turn("Dim the lights and play jazz", (), "It is done")]])
+def test_what_is_no_prompt_is_left_for_the_renderer_to_refuse(turns: list[Turn]) -> None:
+    scorer: Any = _Scorer()
+    assert RequestParts(scorer, scorer).due(turns) == turns
+
+
 def test_a_part_whose_tool_is_far_from_the_whole_request_is_none_of_its_own() -> None:
     scorer: Any = _Scorer(others=1e-4)
     turns = [Turn("Dim the lights and play jazz")]
