@@ -30,8 +30,8 @@ _REFERS_BACK = re.compile(
 )
 # What follows these is told to somebody or written down, whatever it asks for: "remind me to buy milk and call Ann".
 _TAKES_TEXT = re.compile(
-    r"\b(?:remind|remember|reminder|note|tell(?!\s+(?:me|us)\b)|text|message|write|say|saying|says|translate|dictate|type|tweet|post"
-    r"|summari[sz]e|reply|ask)\b|[:“”\"]|(?<!\w)'|\bto-?do\b",
+    r"\b(?:remind|remember|reminder|note|tell(?!\s+(?:me|us)\b)|text|message|write|say|saying|says|translate|dictate"
+    r"|type|tweet|post|summari[sz]e|reply|ask)\b|[:“”\"]|(?<!\w)'|\bto-?do\b",
     re.IGNORECASE,
 )
 # Words that requests open with: what people ask machines to do, and question words.
@@ -66,31 +66,32 @@ class Part:
     sentence: bool
 
 
-def parts_of(request: str) -> list[Part]:
+def parts_of(request: str) -> tuple[Part, ...]:
     """The stretches that may be requests, in order; what belongs to none of its own stays with the one before.
 
     Returns:
         At least two; nothing where the request is one.
     """
-    if len(request) > _MOST_CHARACTERS:
-        return []
-    bounds: list[tuple[int, int, bool]] = []  # where the part before ends, this one begins, and a sentence with it
-    begin = 0
+    if len(request) > _MOST_CHARACTERS or not _opens(request):
+        return ()
+    takes_text = _TAKES_TEXT.search(request)
+    parts: list[Part] = []
+    begin, sentence = 0, False
     for joint in _JOINT.finditer(request):
-        if _TAKES_TEXT.search(request, begin, joint.start()):
+        if takes_text and takes_text.end() <= joint.start():
             break
         if _opens(request[joint.end() :]) and not _refers_back(request, joint.end()):
-            bounds.append((joint.start(), joint.end(), joint["sentence"] is not None))
-    starts = [(0, False), *((start, sentence) for _, start, sentence in bounds)]
-    ends = [*(end for end, _, _ in bounds), len(request)]
-    parts = [Part(request[start:end].strip(), new) for (start, new), end in zip(starts, ends, strict=True)]
-    return parts if 2 <= len(parts) <= _MOST_PARTS and _opens(request) else []
+            parts.append(Part(request[begin : joint.start()].strip(), sentence))
+            begin, sentence = joint.end(), joint["sentence"] is not None
+    parts.append(Part(request[begin:].strip(), sentence))
+    return tuple(parts) if 2 <= len(parts) <= _MOST_PARTS else ()
 
 
 def _opens(text: str) -> bool:
     """Whether text begins like a request."""
-    polite = _POLITE.match(text.lstrip())
-    word = _WORD.match(text.lstrip()[polite.end() if polite else 0 :])
+    text = text.lstrip()
+    polite = _POLITE.match(text)
+    word = _WORD.match(text, polite.end() if polite else 0)
     return word is not None and word.group().lower() in _OPENERS
 
 

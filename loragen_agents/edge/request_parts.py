@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from loragen_agents.conversation.parts import parts_of
+from loragen_agents.conversation.parts import Part, parts_of
 from loragen_agents.conversation.prompts import PromptRenderer, Turn
 from loragen_agents.edge.tool_choice import ToolProbabilities, ToolScorer
 
@@ -51,7 +51,7 @@ class RequestParts:
             return turns  # no prompt, which the renderer says
         earlier, last = tuple(turns[:-1]), turns[-1]
         parts = parts_of(last.request)
-        plan = self._plan(earlier, last.request) if len(last.steps) < len(parts) else ()
+        plan = self._plan(earlier, last.request, parts) if len(last.steps) < len(parts) else ()
         if len(last.steps) >= len(plan):
             return turns
         taken = list(zip(plan, last.steps, strict=False))
@@ -62,14 +62,13 @@ class RequestParts:
 
 
 def _planned(
-    scorer: ToolScorer, renderer: PromptRenderer, earlier: tuple[Turn, ...], request: str
+    scorer: ToolScorer, renderer: PromptRenderer, earlier: tuple[Turn, ...], request: str, parts: tuple[Part, ...]
 ) -> tuple[_Planned, ...]:
     """The parts of a request with the tool that each calls for; nothing where it is one request."""
 
     def scored(turns: tuple[Turn, ...]) -> ToolProbabilities:
         return scorer(scorer.prefill(renderer.user_turn(turns)))
 
-    parts = parts_of(request)
     whole = scored((*earlier, Turn(request))).tools
     least = max(whole.values()) * math.exp(-_FARTHEST)
     plan: list[_Planned] = []

@@ -32,7 +32,7 @@ class HeadRecipe(HeadRunRecipe):
     uncalled_tools: int = Field(700, ge=0, description="tools without requests that stand in registries, at most")
     invented_names: int = Field(150, ge=1, description="names that stand for those of tools in some registries")
     small_talk: int = Field(450, ge=0, description="draws of requests that take no tool")
-    later_steps: int = Field(9000, ge=0, description="requests behind steps that were taken for them")
+    later_steps: int = Field(9000, ge=0, description="requests with several calls, before and behind their steps")
     directions: int = Field(384, ge=1, description="leading directions of the activations that maps are learnt in")
     step_requests: int = Field(96, ge=1, description="requests of a step, each with a registry of its own")
     step_tools: int = Field(160, ge=2, description="tools of a step, from which its registries are drawn")
